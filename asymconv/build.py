@@ -1,0 +1,482 @@
+"""From a rung's CUDA text to a function that can be called, on a GPU or on a CPU.
+
+`load` builds at first use and never at import. CUDA goes through
+`torch.utils.cpp_extension.load_inline` (without torch's headers, which alone take half a minute),
+the CPU through g++ and `asymconv.cpu`. Either way the result is a shared library in a cache
+folder named by a hash over everything that went into it: text, flags, architecture, compiler,
+torch. A changed one of these is another name, so a stale binary is never run.
+
+A build happens in a folder of its own and is renamed into place when it is whole; who builds
+holds an ``flock``, which the kernel drops when a process dies. So two processes may build at
+once, and a killed build neither hangs nor breaks the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from asymconv import cpu
+from asymconv.kernels.rung import ENTRY, ConvStruct, Rung
+from asymconv.problem import ConvShape
+
+Backend = Literal["cuda", "cpu", "cpu-traced"]
+
+CUDA_FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-Xptxas=-v")
+
+# load_inline wants a Python module. An empty one keeps dlopen local: its other way,
+# torch.ops.load_library, loads globally, and kernels of the same name would replace each other.
+_EMPTY_MODULE = r"""
+#include <Python.h>
+#define JOIN2(a, b) a##b
+#define JOIN(a, b) JOIN2(a, b)
+#define TEXT2(a) #a
+#define TEXT(a) TEXT2(a)
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, TEXT(TORCH_EXTENSION_NAME)};
+PyMODINIT_FUNC JOIN(PyInit_, TORCH_EXTENSION_NAME)(void) { return PyModule_Create(&definition); }
+"""
+
+
+class BuildError(RuntimeError):
+    """A kernel could not be built. The message says what to install, or shows the compiler's."""
+
+
+class MissingToolError(BuildError):
+    """A program that builds need is not on this machine; the message has the command for it."""
+
+
+class CompileError(BuildError):
+    """The compiler refused the text; the message holds the compiler's own lines."""
+
+
+class LaunchError(RuntimeError):
+    """CUDA refused a launch; the message holds its error code and name."""
+
+
+# --- the tools of this machine ---------------------------------------------------------------
+
+
+def cxx_compiler() -> str:
+    """The C++ compiler: ``$CXX`` or g++.
+
+    Raises:
+        MissingToolError: there is none.
+    """
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        raise MissingToolError(
+            f"no C++ compiler: {name!r} is not on PATH. "
+            "Install one: apt-get install g++   (or: conda install -c conda-forge gxx)"
+        )
+    return name
+
+
+def _has_nvcc(home: Path) -> bool:
+    return (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists()
+
+
+@functools.cache
+def cuda_home() -> Path:
+    """The CUDA toolkit's folder: the first with both bin/nvcc and include/cuda_runtime.h.
+
+    Looks at ``$CUDA_HOME``, ``$CUDA_PATH``, where nvcc on PATH lies (a wrapper script there does
+    not count: its folder has no headers), /usr/local/cuda, and pip's nvidia/cu13.
+
+    Raises:
+        MissingToolError: there is none.
+    """
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if found := shutil.which("nvcc"):
+        candidates.append(str(Path(found).resolve().parent.parent))
+    candidates.append("/usr/local/cuda")
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations if spec else ():
+        candidates.append(str(Path(folder) / "cu13"))
+    for candidate in filter(None, candidates):
+        if _has_nvcc(home := Path(candidate)):
+            return home
+    raise MissingToolError(
+        "no CUDA compiler: nvcc was not found. Install it: pip install 'asymconv[cuda]', "
+        "or install the CUDA toolkit and set CUDA_HOME to its folder"
+    )
+
+
+@functools.cache
+def _version_of(program: str) -> str:
+    return subprocess.run([program, "--version"], capture_output=True, text=True).stdout.strip()
+
+
+def nvcc_version() -> str:
+    """The line of ``nvcc --version`` that names the build. Raises MissingToolError."""
+    return _version_of(str(cuda_home() / "bin" / "nvcc")).splitlines()[-1]
+
+
+def ninja_folder() -> Path:
+    """The folder of the ninja program, on PATH or in the ninja package. Raises MissingToolError."""
+    if found := shutil.which("ninja"):
+        return Path(found).parent
+    with contextlib.suppress(ImportError):
+        import ninja
+
+        return Path(ninja.BIN_DIR)
+    raise MissingToolError("no ninja, which load_inline needs. Install it: pip install ninja")
+
+
+def device_arch(rung: Rung, device: torch.device | int | None = None) -> str:
+    """What to build for: "90a" if the rung insists on it, else the device's own, e.g. "80"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return rung.arch or f"{major}{minor}"
+
+
+# --- the cache ---------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where builds are kept: ``$ASYMCONV_CACHE``, else asymconv under the user's cache folder."""
+    if chosen := os.environ.get("ASYMCONV_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "asymconv"
+
+
+def _digest(parts: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive flock on a file; it is dropped when the process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _built_folder(final: Path) -> Iterator[Path | None]:
+    """Yield a folder to build in, or None if `final` is there; rename it when the block ends."""
+    if final.exists():
+        yield None
+        return
+    with _locked(final.with_name(final.name + ".lock")):
+        if final.exists():  # another process was first
+            yield None
+            return
+        for leftover in final.parent.glob(final.name + ".tmp-*"):  # of a build that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=final.name + ".tmp-", dir=final.parent))
+        try:
+            yield work
+            os.rename(work, final)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _run(command: Sequence[str], cwd: Path) -> str:
+    """Run a compiler; its standard error. Raises CompileError with the lines it wrote."""
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        lines = (done.stderr + done.stdout).strip()
+        raise CompileError(f"{Path(command[0]).name} failed ({done.returncode}):\n{lines}")
+    return done.stderr
+
+
+# --- CUDA ----------------------------------------------------------------------------------------
+
+_load_inline_lock = threading.Lock()  # it changes PATH, and its own book-keeping is global
+
+
+def _linkable_cudart(home: Path) -> list[str]:
+    """Linker flags for a toolkit from pip, which ships libcudart.so.13 without libcudart.so."""
+    for folder in (home / "lib64", home / "lib"):
+        if (folder / "libcudart.so").exists():
+            return [f"-L{folder}"]
+        for library in sorted(folder.glob("libcudart.so.*")):
+            links = cache_folder() / "lib"
+            links.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                (links / "libcudart.so").symlink_to(library)
+            return [f"-L{links}"]
+    return []
+
+
+def _build_cuda(text: str, name: str, arch: str, folder: Path) -> None:
+    """Put kernel.so for a CUDA text into a folder. Raises BuildError."""
+    home, ninja = cuda_home(), ninja_folder()
+    cxx_compiler()
+    with _load_inline_lock:
+        from torch.utils import cpp_extension  # slow to import, and not needed before
+
+        path, cpp_extension.CUDA_HOME = os.environ["PATH"], str(home)
+        os.environ["PATH"] = f"{ninja}{os.pathsep}{path}"
+        try:
+            module = cpp_extension.load_inline(
+                name=name,
+                cpp_sources=_EMPTY_MODULE,
+                cuda_sources=text,
+                extra_cuda_cflags=[*CUDA_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}"],
+                # kernels of the same name in several libraries: each calls its own
+                extra_ldflags=["-Wl,-Bsymbolic", *_linkable_cudart(home)],
+                build_directory=str(folder),
+                no_implicit_headers=True,
+            )
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            lines = str(error)
+            raise CompileError(f"nvcc failed for {name}:\n{lines}") from error
+        finally:
+            os.environ["PATH"] = path
+    os.rename(module.__file__, folder / "kernel.so")
+
+
+# --- what comes out ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """What ptxas says of one __global__ function: registers a thread, bytes of each memory."""
+
+    function: str
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """One rung compiled for one architecture by nvcc, without a GPU."""
+
+    rung: str
+    arch: str
+    kernels: tuple[KernelReport, ...]
+    warnings: tuple[str, ...]
+
+
+def _parse_ptxas(lines: str) -> tuple[KernelReport, ...]:
+    kernels = []
+    for part in lines.split("Compiling entry function '")[1:]:
+
+        def number(pattern: str, part: str = part) -> int:
+            found = re.search(pattern, part)
+            return int(found[1]) if found else 0
+
+        kernels.append(
+            KernelReport(
+                function=part.split("'", 1)[0],
+                registers=number(r"Used (\d+) registers"),
+                stack=number(r"(\d+) bytes stack frame"),
+                spill_stores=number(r"(\d+) bytes spill stores"),
+                spill_loads=number(r"(\d+) bytes spill loads"),
+                shared=number(r"(\d+) bytes smem"),
+            )
+        )
+    return tuple(kernels)
+
+
+def compile_report(
+    rung: Rung, arch: str | None = None, defines: Mapping[str, int] | None = None
+) -> CompileReport:
+    """Compile a rung for an architecture ("90a" unless told) and read ptxas's report.
+
+    Needs nvcc, no GPU. Raises BuildError.
+    """
+    arch = arch or rung.arch or "90a"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.cu").write_text(rung.text(defines))
+        command = [str(cuda_home() / "bin" / "nvcc"), *CUDA_FLAGS, "-cubin", "kernel.cu"]
+        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-ccbin", cxx_compiler()]
+        lines = _run(command, Path(folder))
+    warnings = tuple(line for line in lines.splitlines() if "warning" in line.lower())
+    return CompileReport(rung.name, arch, _parse_ptxas(lines), warnings)
+
+
+class Kernel:
+    """A rung, built: call it with tensors.
+
+    Attributes:
+        rung, backend: what was built, and for which.
+        key: the cache's name for this very build; a check and a timing both carry it.
+        path: the shared library.
+    """
+
+    def __init__(self, rung: Rung, backend: Backend, key: str, path: Path) -> None:
+        self.rung, self.backend, self.key, self.path = rung, backend, key, path
+        self.precision = rung.precision
+        if backend == "cuda":
+            self._entry = getattr(ctypes.CDLL(str(path)), ENTRY)
+            self._entry.argtypes = [ctypes.c_void_p] * 6
+            self._entry.restype = ctypes.c_int
+        else:
+            self.program = cpu.Program(path)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        shape: ConvShape,
+        out: torch.Tensor | None = None,
+        *,
+        order_seed: int = 0,
+        trace: bool = False,
+        racecheck: bool = False,
+    ) -> torch.Tensor:
+        """Convolve; on CUDA, queue it on the current stream.
+
+        Args:
+            x: (N, C, H, W) float32, contiguous, on the backend's kind of device.
+            weight: (K, C / groups, R, S), likewise.
+            bias: (K,) likewise, or None.
+            shape: the convolution; must agree with the tensors.
+            out: (N, K, OH, OW), written whole; a new tensor if None.
+            order_seed: CPU only: not 0 runs a block's threads in another order.
+            trace, racecheck: "cpu-traced" only: count memory accesses; find shared-memory races.
+
+        Raises:
+            ValueError: tensors that do not fit the shape, or a shape that the rung refuses.
+            LaunchError: CUDA's own refusal.
+            asymconv.cpu.EmulationError: the CPU run found a fault in the kernel.
+        """
+        if reason := self.rung.refuses(shape):
+            raise ValueError(f"{self.rung.name} does not take this shape: {reason}")
+        if out is None:
+            out = torch.empty(shape.output_shape, dtype=torch.float32, device=x.device)
+        self._check_tensors(x, weight, bias, out, shape)
+        if out.numel() == 0:
+            return out
+        struct = ConvStruct.of(shape)
+        pointers = [None if t is None else t.data_ptr() for t in (x, weight, bias, out)]
+        if self.backend == "cuda":
+            with torch.cuda.device(x.device):
+                stream = torch.cuda.current_stream().cuda_stream
+                code = self._entry(*pointers, ctypes.addressof(struct), stream)
+        else:
+            tensors = {"x": x, "w": weight, "bias": bias, "y": out}
+            code = self.program.call(
+                ENTRY,
+                *(ctypes.c_void_p(p) for p in pointers),
+                ctypes.byref(struct),
+                ctypes.c_void_p(None),
+                buffers=[
+                    cpu.Buffer(name, t.data_ptr(), t.numel() * t.element_size())
+                    for name, t in tensors.items()
+                    if t is not None
+                ],
+                order_seed=order_seed,
+                trace=trace,
+                racecheck=racecheck,
+            )
+        if code:
+            raise LaunchError(f"{self.rung.name}: launch failed with cudaError {code} for {shape}")
+        return out
+
+    def _check_tensors(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        shape: ConvShape,
+    ) -> None:
+        kind = "cuda" if self.backend == "cuda" else "cpu"
+        wanted = {
+            "x": (x, shape.input_shape),
+            "weight": (weight, shape.weight_shape),
+            "bias": (bias, (shape.out_channels,)),
+            "out": (out, shape.output_shape),
+        }
+        for name, (tensor, size) in wanted.items():
+            if tensor is None:
+                continue
+            if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+                raise ValueError(f"{name} must be contiguous float32, is {tensor.dtype}")
+            if tensor.device.type != kind or tensor.device != x.device:
+                raise ValueError(f"{name} is on {tensor.device}, must be with x on {kind}")
+            if tuple(tensor.shape) != size:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {size}")
+
+
+_loaded: dict[str, Kernel] = {}
+
+
+def build_key(rung: Rung, backend: Backend, arch: str, defines: Mapping[str, int] | None) -> str:
+    """The cache's name for a build: the rung's number, the backend and a hash of what goes in."""
+    parts: dict[str, object] = {"text": rung.text(defines), "backend": backend}
+    if backend == "cuda":
+        parts |= {
+            "arch": arch,
+            "flags": CUDA_FLAGS,
+            "nvcc": nvcc_version(),
+            "cxx": _version_of(cxx_compiler()),
+            "module": _EMPTY_MODULE,
+            "torch": torch.__version__,
+            "python": sys.version,
+        }
+    else:
+        parts |= {"cpu": cpu.fingerprint(cxx_compiler()), "cxx": cxx_compiler()}
+    return f"{rung.number}-{backend}{arch and '-sm_' + arch}-{_digest(parts)}"
+
+
+def load(
+    rung: Rung,
+    backend: Backend,
+    *,
+    defines: Mapping[str, int] | None = None,
+    device: torch.device | int | None = None,
+) -> Kernel:
+    """The rung's kernel, built if the cache has it not.
+
+    Args:
+        rung: which.
+        backend: "cuda", "cpu", or "cpu-traced" (slower, counts its memory accesses).
+        defines: tile constants that differ from the rung's own.
+        device: the CUDA device to build for; the current one if None.
+
+    Raises:
+        MissingToolError: no compiler; says what to install.
+        CompileError: the compiler's own lines.
+        BuildError: the rung cannot run on this backend or device; says why.
+    """
+    arch = ""
+    if backend == "cuda":
+        if not torch.cuda.is_available():
+            raise BuildError("backend 'cuda' needs a GPU and a CUDA build of torch")
+        capability = torch.cuda.get_device_capability(device)
+        if capability < rung.capability or (rung.arch == "90a" and capability != (9, 0)):
+            raise BuildError(f"{rung.name} needs sm_{rung.arch or rung.capability}, not {capability}")
+        arch = device_arch(rung, device)
+    elif not rung.emulated:
+        raise BuildError(f"{rung.name} has instructions that the CPU backend does not run")
+    key = build_key(rung, backend, arch, defines)
+    if key in _loaded:
+        return _loaded[key]
+    final = cache_folder() / key
+    with _built_folder(final) as folder:
+        if folder is not None:
+            if backend == "cuda":
+                name = re.sub(r"\W", "_", f"asymconv_{key}")
+                _build_cuda(rung.text(defines), name, arch, folder)
+            else:
+                cpu.write_sources(rung.text(defines), folder)
+                traced = backend == "cpu-traced"
+                for command in cpu.commands(folder, traced=traced, cxx=cxx_compiler()):
+                    _run(command, folder)
+    return _loaded.setdefault(key, Kernel(rung, backend, key, final / "kernel.so"))

@@ -1,0 +1,105 @@
+"""The `asymconv` command: run the study, measure on a GPU, say what this machine can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+console = Console()
+
+# Heavy imports (torch, papermill) stand in the commands: --help answers at once.
+
+
+def _fail(message: str) -> typer.Exit:
+    console.print(f"[red]{message}[/red]", soft_wrap=True)
+    return typer.Exit(1)
+
+
+@app.command()
+def info() -> None:
+    """Say what this machine can do, and what is missing with the command that mends it."""
+    from asymconv import machine
+
+    table = Table("what", "here", "without it", title="asymconv on this machine")
+    for part in machine.survey():
+        table.add_row(part.what, part.found, "" if part.there else part.mend)
+    console.print(table)
+    console.print(machine.summary())
+
+
+@app.command()
+def bench(
+    rungs: Annotated[
+        str, typer.Option(help="Rungs to time, by number, with commas; all of them unless told.")
+    ] = "",
+    record: Annotated[bool, typer.Option("--record", help="Write a record.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write the record; figures/data/ladder.json.")
+    ] = None,
+) -> None:
+    """Check and time the ladder against nn.Conv2d and the ceilings on this GPU."""
+    import torch
+
+    from asymconv import measure, tables
+    from asymconv import record as records
+    from asymconv.kernels import RUNGS, get_rung
+    from asymconv.problem import CONTRACT
+
+    if not torch.cuda.is_available():
+        raise _fail("bench measures on a GPU and finds none; `asymconv info` says what is missing")
+    try:
+        chosen = [get_rung(name.strip()) for name in rungs.split(",")] if rungs else RUNGS
+    except KeyError as error:
+        raise _fail(error.args[0]) from error
+    with console.status("checking, then timing"):
+        timings, left_out = measure.check_and_time(CONTRACT, chosen)
+        timings += measure.time_ceilings(CONTRACT)
+    result = records.make("The ladder on the contract's shape", CONTRACT, timings, left_out)
+    console.print(tables.ladder_rich(result))
+    for name, reason in left_out.items():
+        console.print(f"{name} is not in the table: {reason}", soft_wrap=True)
+    if record:
+        path = output or records.LADDER
+        result.save(path)
+        console.print(f"record: {path}", soft_wrap=True)
+
+
+@app.command()
+def figures(
+    folder: Annotated[Path, typer.Option(help="Where to write the SVG files.")] = Path("figures"),
+) -> None:
+    """Redraw every figure and the README's table from the records."""
+    from asymconv import study
+
+    for path in study.redraw(folder):
+        console.print(f"wrote {path}", soft_wrap=True)
+
+
+@app.command()
+def study(
+    output: Annotated[
+        Path, typer.Option(help="Where the executed notebooks and figures go.")
+    ] = Path("study-output"),
+    only: Annotated[str, typer.Option(help="Notebooks to run, e.g. 00,01; all unless told.")] = "",
+) -> None:
+    """Run every notebook headless, draw the figures, and print the ladder."""
+    from asymconv import study as studies
+
+    try:
+        studies.run(output, only.split(",") if only else None, console)
+    except studies.StudyError as error:
+        raise _fail(str(error)) from error
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""The ladder: `RUNGS` is the one ordered list of kernels. A new rung is a file and a line here."""
+
+from asymconv.kernels import k01_block_per_output, k02_block_per_pixel
+from asymconv.kernels.rung import ConvStruct, Precision, Rung
+
+RUNGS: tuple[Rung, ...] = (
+    k01_block_per_output.RUNG,
+    k02_block_per_pixel.RUNG,
+)
+
+
+def get_rung(name: str) -> Rung:
+    """The rung of this name or number ("k02_block_per_pixel" or "k02").
+
+    Raises:
+        KeyError: there is none; the message lists those there are.
+    """
+    for rung in RUNGS:
+        if name in (rung.name, rung.number):
+            return rung
+    raise KeyError(f"no rung {name!r}; there are {', '.join(r.name for r in RUNGS)}")
+
+
+__all__ = ["RUNGS", "ConvStruct", "Precision", "Rung", "get_rung"]

@@ -1,0 +1,346 @@
+"""Timings on a GPU: methods side by side in one run, and the ceilings they are held against.
+
+CUDA events around each call, warm-up before, every repeat kept. The methods take turns in rounds,
+so that a drift of the clock meets all of them. Data smaller than a few L2 caches are flushed out
+of it before each repeat. There is no timing without an `asymconv.check.Checked` of that very
+build and shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from asymconv import build
+from asymconv.check import Checked, Method, check, random_data
+from asymconv.kernels import RUNGS, Precision, Rung
+from asymconv.kernels.rung import launch_limits
+from asymconv.problem import ConvShape
+
+L2_MULTIPLE = 4  # inputs beyond this many L2 caches leave nothing of themselves behind
+
+
+@contextlib.contextmanager
+def convolution_flags(precision: Precision, benchmark: bool = False) -> Iterator[None]:
+    """PyTorch's settings for float32 convolutions, put back afterwards."""
+    cudnn = torch.backends.cudnn
+    before = (cudnn.conv.fp32_precision, cudnn.benchmark)
+    cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    cudnn.benchmark = benchmark
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision, cudnn.benchmark = before
+
+
+@dataclass(frozen=True)
+class Peer:
+    """PyTorch's own convolution under given settings: what a rung is compared with."""
+
+    name: str
+    precision: Precision
+    benchmark: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name: a peer is not built here."""
+        return self.name
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        shape: ConvShape,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Convolve; PyTorch makes the output, `out` is not used."""
+        with convolution_flags(self.precision, self.benchmark):
+            return F.conv2d(x, weight, bias, **shape.conv_args())
+
+
+PEERS = (
+    Peer("nn.Conv2d", "tf32"),
+    Peer("nn.Conv2d, strict fp32", "fp32", benchmark=True),
+)
+"""nn.Conv2d as PyTorch ships it (TF32 allowed), and with TF32 forbidden and cudnn.benchmark."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One method, timed on one shape.
+
+    Attributes:
+        name: of the rung, peer or ceiling.
+        kind: "rung", "peer" or "ceiling".
+        precision: class of rounding, "" where that means nothing.
+        milliseconds: every repeat, in the order measured.
+        error: ‖y - ref‖ / ‖ref‖ against float64, None for a ceiling.
+        source_hash: the rung's, "" for others.
+        peak_bytes: device memory beyond input and weights while it ran; the output is in it.
+        flops: that it does.
+        bytes: that it must move.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    milliseconds: tuple[float, ...]
+    error: float | None = None
+    source_hash: str = ""
+    peak_bytes: int = 0
+    flops: int = 0
+    bytes: int = 0
+
+    @property
+    def median(self) -> float:
+        """Median of the repeats in ms."""
+        return statistics.median(self.milliseconds)
+
+    @property
+    def spread(self) -> float:
+        """(largest - smallest) / median of the repeats."""
+        return (max(self.milliseconds) - min(self.milliseconds)) / self.median
+
+    @property
+    def tflops(self) -> float:
+        """TFLOP/s at the median."""
+        return self.flops / self.median / 1e9
+
+    @property
+    def gbytes(self) -> float:
+        """GB/s at the median: least bytes over time."""
+        return self.bytes / self.median / 1e6
+
+
+def time_once(run: Callable[[], object], flush: torch.Tensor | None = None) -> float:
+    """Milliseconds of one call on the current stream, by CUDA events."""
+    if flush is not None:
+        flush.zero_()  # larger than L2: nothing of the last repeat is left there
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def repeats_for(milliseconds: float, budget_ms: float = 1500.0) -> int:
+    """How often to repeat: within a budget, at least 3, at most 60 times."""
+    return max(3, min(60, int(budget_ms / max(milliseconds, 1e-3))))
+
+
+@dataclass
+class _Runner:
+    """A thing to time, and the repeats so far."""
+
+    name: str
+    kind: str
+    run: Callable[[], object]
+    precision: str = ""
+    error: float | None = None
+    source_hash: str = ""
+    flops: int = 0
+    bytes: int = 0
+    times: list[float] = field(default_factory=list)
+    peak: int = 0
+
+    def timing(self) -> Timing:
+        return Timing(
+            self.name,
+            self.kind,
+            self.precision,
+            tuple(round(t, 5) for t in self.times),
+            self.error,
+            self.source_hash,
+            self.peak,
+            self.flops,
+            self.bytes,
+        )
+
+
+def _peak_bytes(run: Callable[[], object]) -> int:
+    """Device memory that a call takes from torch's allocator beyond what was there, in bytes."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _take_turns(runners: Sequence[_Runner], flush: torch.Tensor | None, rounds: int = 3) -> None:
+    """Warm up, then time every runner in each round."""
+    counts = []
+    for runner in runners:
+        runner.peak = _peak_bytes(runner.run)  # the first call builds plans and loads modules
+        first = time_once(runner.run)
+        counts.append(repeats_for(first))
+        if first < 100:
+            for _ in range(3):
+                runner.run()
+    for turn in range(rounds):
+        for runner, count in zip(runners, counts, strict=True):
+            share = count // rounds + (turn < count % rounds)
+            if share > 1:
+                runner.run()  # after another method's turn, warm again
+            runner.times += [time_once(runner.run, flush) for _ in range(share)]
+
+
+def _flush_buffer(shape: ConvShape) -> torch.Tensor | None:
+    cache = torch.cuda.get_device_properties().L2_cache_size
+    if shape.least_bytes >= L2_MULTIPLE * cache:
+        return None
+    return torch.empty(2 * cache // 4, device="cuda")
+
+
+def time_methods(
+    methods: Sequence[Method], checks: Sequence[Checked], shape: ConvShape
+) -> list[Timing]:
+    """Time methods on the current GPU, taking turns.
+
+    Args:
+        methods: built rungs (`build.Kernel`) and peers.
+        checks: for each, its passed check on this shape.
+        shape: the convolution.
+
+    Raises:
+        ValueError: a check that is missing, or is of another build or shape.
+    """
+    passed = {c.key: c for c in checks if c.shape == shape}
+    missing = [m.key for m in methods if m.key not in passed]
+    if missing:
+        raise ValueError(f"no timing without a passed check of {shape}: {', '.join(missing)}")
+    x, weight, bias = random_data(shape, "cuda")
+    runners = []
+    for method in methods:
+        rung: Rung | None = getattr(method, "rung", None)
+        runners.append(
+            _Runner(
+                name=rung.name if rung else method.key,
+                kind="rung" if rung else "peer",
+                run=lambda method=method: method(x, weight, bias, shape),
+                precision=method.precision,
+                error=passed[method.key].error,
+                source_hash=rung.source_hash if rung else "",
+                flops=shape.flops,
+                bytes=shape.least_bytes,
+            )
+        )
+    _take_turns(runners, _flush_buffer(shape))
+    return [runner.timing() for runner in runners]
+
+
+# --- ceilings ------------------------------------------------------------------------------------
+
+_FLOOR_SOURCE = r"""
+// Reads all of x once and writes all of y once, 16 bytes a thread: the bytes of a convolution
+// without the convolution. Streaming hints: nothing is used twice.
+__global__ void stream(const float4* __restrict__ x, float4* __restrict__ y, long long reads,
+                       long long writes) {
+  const long long step = (long long)gridDim.x * blockDim.x;
+  for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < reads; i += step) {
+    const float4 v = __ldcs(x + i);
+    for (long long j = i; j < writes; j += reads) __stcs(y + j, v);
+    if (v.x == 1.5e38f) y[0] = v;  // so that reads without a write are not removed
+  }
+}
+
+extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
+                               const Conv* c, void* stream_) {
+  const long long reads = (long long)c->N * c->C * c->H * c->W / 4;
+  const long long writes = (long long)c->N * c->K * c->OH * c->OW / 4;
+  int device, sms;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  stream<<<32 * sms, 512, 0, (cudaStream_t)stream_>>>((const float4*)x, (float4*)y, reads, writes);
+  return (int)cudaGetLastError();
+}
+"""
+
+FLOOR = Rung(
+    name="floor_stream",
+    idea="reads the input once and writes the output once, and computes nothing",
+    notebook="00_problem",
+    source=_FLOOR_SOURCE,
+    refuses=lambda shape: launch_limits(shape, block=512, grid=(1, 1, 1), what="stream"),
+)
+"""Not a rung: what device memory alone takes for a convolution's bytes."""
+
+MATMUL_SIZE = 8192
+
+
+def time_ceilings(shape: ConvShape) -> list[Timing]:
+    """Time what no kernel beats on the current GPU: memory alone, arithmetic alone.
+
+    The floor (`FLOOR`, this shape's bytes), a device-to-device copy of 1 GiB, and square matrix
+    products of 8192 through cuBLAS in fp16, TF32 and fp32. Random data: zeros run faster.
+    """
+    x, weight, _ = random_data(shape, "cuda")
+    floor = build.load(FLOOR, "cuda")
+    size = MATMUL_SIZE
+    source = torch.rand(2**28, device="cuda")
+    target = torch.empty_like(source)
+    a, b = (torch.rand(size, size, device="cuda") - 0.5 for _ in range(2))
+    half_a, half_b = a.half(), b.half()
+
+    def product(precision: str) -> Callable[[], object]:
+        def run() -> None:
+            before = torch.backends.cuda.matmul.fp32_precision
+            torch.backends.cuda.matmul.fp32_precision = precision
+            try:
+                torch.mm(a, b)
+            finally:
+                torch.backends.cuda.matmul.fp32_precision = before
+
+        return run
+
+    out = torch.empty(shape.output_shape, device="cuda")
+    flops = 2 * size**3
+    runners = [
+        _Runner(
+            "memory floor",
+            "ceiling",
+            lambda: floor(x, weight, None, shape.with_(bias=False), out),
+            bytes=shape.least_bytes,
+        ),
+        _Runner("copy", "ceiling", lambda: target.copy_(source), bytes=2 * 2**30),
+        _Runner("matmul fp16", "ceiling", lambda: torch.mm(half_a, half_b), flops=flops),
+        _Runner("matmul tf32", "ceiling", product("tf32"), flops=flops),
+        _Runner("matmul fp32", "ceiling", product("ieee"), flops=flops),
+    ]
+    _take_turns(runners, None)
+    return [runner.timing() for runner in runners]
+
+
+def check_and_time(
+    shape: ConvShape, rungs: Sequence[Rung] = RUNGS, peers: Sequence[Peer] = PEERS
+) -> tuple[list[Timing], dict[str, str]]:
+    """Build, check and time rungs and peers on the current GPU, all in one run.
+
+    Returns:
+        The timings in the order given, peers last, and for each rung that is not among them the
+        reason: the shape it refuses, or why it could not be built.
+
+    Raises:
+        AssertionError: a method's result is wrong.
+    """
+    methods: list[Method] = []
+    left_out: dict[str, str] = {}
+    for rung in rungs:
+        if reason := rung.refuses(shape):
+            left_out[rung.name] = reason
+            continue
+        try:
+            methods.append(build.load(rung, "cuda"))
+        except build.BuildError as error:
+            left_out[rung.name] = str(error)
+    methods += peers
+    checks = [check(method, shape, "cuda") for method in methods]
+    return time_methods(methods, checks, shape), left_out

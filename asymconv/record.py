@@ -1,0 +1,162 @@
+"""Measurements as files: what the notebooks, figures and tables are made from.
+
+A record is one JSON file under figures/data/, written by one run on one GPU. It names the GPU,
+driver, versions, git revision, each kernel's source hash and every repeat. Nothing else in the
+house holds a measured number.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asymconv.measure import Timing
+from asymconv.problem import ConvShape
+
+FORMAT = 1
+
+DATA_FOLDER = Path(__file__).resolve().parent.parent / "figures" / "data"
+LADDER = DATA_FOLDER / "ladder.json"
+"""The published record: every rung, the peers and the ceilings on the contract's shape."""
+
+
+def environment() -> dict[str, str | int]:
+    """The machine and its software, as a record names them. Needs a CUDA device."""
+    from asymconv.build import nvcc_version
+
+    properties = torch.cuda.get_device_properties()
+    return {
+        "gpu": properties.name,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "nvcc": nvcc_version(),
+        "python": platform.python_version(),
+        "revision": revision(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def revision() -> str:
+    """The git revision of this tree, with "+" if it was changed since; ``$ASYMCONV_REVISION`` wins.
+
+    A copy of the tree without .git has neither: "unknown".
+    """
+    if given := os.environ.get("ASYMCONV_REVISION"):
+        return given
+    folder = str(Path(__file__).resolve().parent.parent)
+    commit = _output("git", "-C", folder, "rev-parse", "--short=12", "HEAD")
+    changed = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
+    return (commit + ("+" if changed else "")) or "unknown"
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run's measurements.
+
+    Attributes:
+        title: what was measured.
+        shape: the convolution.
+        made: where and with what (`environment`).
+        timings: every method of the run.
+        left_out: rungs that are not among them, and why.
+    """
+
+    title: str
+    shape: ConvShape
+    made: Mapping[str, str | int]
+    timings: tuple[Timing, ...]
+    left_out: Mapping[str, str]
+
+    @property
+    def gpu(self) -> str:
+        """The GPU's name."""
+        return str(self.made["gpu"])
+
+    def of_kind(self, kind: str) -> list[Timing]:
+        """The timings of one kind ("rung", "peer", "ceiling"), in the record's order."""
+        return [t for t in self.timings if t.kind == kind]
+
+    def __getitem__(self, name: str) -> Timing:
+        """The timing of this method; a rung also by its number. Raises KeyError."""
+        for timing in self.timings:
+            if name in (timing.name, timing.name.split("_", 1)[0]):
+                return timing
+        raise KeyError(f"no {name!r} in {self.title!r}; it has {[t.name for t in self.timings]}")
+
+    def __contains__(self, name: str) -> bool:
+        return any(name in (t.name, t.name.split("_", 1)[0]) for t in self.timings)
+
+    def save(self, path: Path) -> None:
+        """Write the record; the file is whole or not there."""
+        write_atomically(path, json.dumps(self._as_json(), indent=1, ensure_ascii=False) + "\n")
+
+    def _as_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "title": self.title,
+            "shape": asdict(self.shape),
+            "made": dict(self.made),
+            "timings": [asdict(t) for t in self.timings],
+            "left_out": dict(self.left_out),
+        }
+
+
+def make(
+    title: str, shape: ConvShape, timings: Sequence[Timing], left_out: Mapping[str, str]
+) -> Record:
+    """A record of timings just taken on this machine's GPU."""
+    return Record(title, shape, environment(), tuple(timings), dict(left_out))
+
+
+def load(path: Path = LADDER) -> Record:
+    """Read a record.
+
+    Raises:
+        FileNotFoundError: there is none; says how to make it.
+        ValueError: it is of another format.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no record {path}: it is made on a GPU by `asymconv bench --record`"
+        )
+    data = json.loads(path.read_text())
+    if data.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {data.get('format')}, this version reads {FORMAT}")
+    timings = tuple(
+        Timing(**{**t, "milliseconds": tuple(t["milliseconds"])}) for t in data["timings"]
+    )
+    shape = {k: tuple(v) if isinstance(v, list) else v for k, v in data["shape"].items()}
+    return Record(data["title"], ConvShape(**shape), data["made"], timings, data["left_out"])
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file through a temporary one and a rename: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,33 @@
+"""What all tests share: backends, and reasons to skip."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from asymconv import build
+
+
+def has_nvcc() -> bool:
+    """Whether a CUDA compiler is here; it needs no GPU."""
+    try:
+        build.cuda_home()
+    except build.MissingToolError:
+        return False
+    return True
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+nvcc = pytest.mark.skipif(not has_nvcc(), reason="no nvcc on this machine")
+
+BACKENDS = ["cpu", pytest.param("cuda", marks=gpu)]
+"""Every test of kernels runs its one body on both."""
+
+
+@pytest.fixture(autouse=True)
+def flags():
+    """Each test finds and leaves PyTorch's convolution flags as they ship."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.benchmark
+    yield
+    cudnn.conv.fp32_precision, cudnn.benchmark = before

@@ -1,0 +1,197 @@
+"""Every rung, on both backends, against float64: one body, shapes by hypothesis."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import BACKENDS, gpu, nvcc
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from asymconv import build
+from asymconv.check import check, random_data, reference
+from asymconv.kernels import RUNGS, Rung, get_rung
+from asymconv.problem import CONTRACT, ConvShape
+
+ODD_SHAPES = [
+    ConvShape(2, 3, 7, 13, 5),
+    ConvShape(1, 1, 1, 1, 1, kernel=1),
+    ConvShape(3, 4, 5, 9, 6, padding=1, bias=True),
+    ConvShape(2, 6, 9, 14, 4, stride=2, padding=(1, 2), groups=2),
+    ConvShape(1, 8, 11, 10, 8, kernel=(1, 5), dilation=(1, 2), groups=8, bias=True),
+    ConvShape(2, 5, 12, 37, 9, kernel=(5, 3), stride=(3, 1), padding=(4, 0), dilation=(2, 3)),
+    ConvShape(8, 7, 6, 70, 17),
+]
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "cuda" else "cpu"
+
+
+def emulated(rungs: tuple[Rung, ...], backend: str) -> list[Rung]:
+    return [r for r in rungs if backend == "cuda" or r.emulated]
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> ConvShape:
+    """Small convolutions of every kind, odd sizes and borders included."""
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    two = lambda low, high: st.tuples(st.integers(low, high), st.integers(low, high))  # noqa: E731
+    kernel, dilation, padding = draw(two(1, 4)), draw(two(1, 3)), draw(two(0, 3))
+    size = draw(two(1, 20))
+    for axis in range(2):
+        assume(size[axis] + 2 * padding[axis] >= dilation[axis] * (kernel[axis] - 1) + 1)
+    return ConvShape(
+        batch=draw(st.integers(1, 4)),
+        in_channels=groups * draw(st.integers(1, 6)),
+        height=size[0],
+        width=draw(st.integers(size[1], 40)),
+        out_channels=groups * draw(st.integers(1, 6)),
+        kernel=kernel,
+        stride=draw(two(1, 3)),
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=draw(st.booleans()),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
+@pytest.mark.parametrize("rung", RUNGS, ids=lambda r: r.name)
+def test_odd_shapes(rung: Rung, shape: ConvShape, backend: str) -> None:
+    if rung not in emulated(RUNGS, backend):
+        pytest.skip(f"{rung.name} has instructions that the CPU backend does not run")
+    if reason := rung.refuses(shape):
+        pytest.skip(f"{rung.name} refuses: {reason}")
+    check(build.load(rung, backend), shape, device_of(backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rung", RUNGS, ids=lambda r: r.name)
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(shape=shapes(), seed=st.integers(0, 2**31 - 2))
+def test_any_shape(rung: Rung, backend: str, shape: ConvShape, seed: int) -> None:
+    """What a rung admits, it computes; what it refuses, it says."""
+    if rung not in emulated(RUNGS, backend):
+        pytest.skip(f"{rung.name} has instructions that the CPU backend does not run")
+    kernel = build.load(rung, backend)
+    if rung.refuses(shape):
+        x, weight, bias = random_data(shape, device_of(backend), seed)
+        with pytest.raises(ValueError, match=rung.name):
+            kernel(x, weight, bias, shape)
+    else:
+        check(kernel, shape, device_of(backend), seed)
+
+
+@pytest.mark.parametrize("rung", [r for r in RUNGS if r.emulated], ids=lambda r: r.name)
+@pytest.mark.parametrize("order_seed", [1, 2, 3])
+def test_thread_order_does_not_matter(rung: Rung, order_seed: int) -> None:
+    """Threads in another order, same bits; and no race on shared memory."""
+    shape = next(s for s in ODD_SHAPES if rung.applies(s) and s.batch > 1)
+    data = random_data(shape, seed=order_seed)
+    plain = build.load(rung, "cpu")(*data, shape)
+    shuffled = build.load(rung, "cpu-traced")(
+        *data, shape, order_seed=order_seed, trace=True, racecheck=True
+    )
+    assert torch.equal(plain, shuffled)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch_gives_empty_output(backend: str) -> None:
+    shape = ConvShape(0, 3, 5, 6, 2)
+    for rung in emulated(RUNGS, backend):
+        x, weight, bias = random_data(shape, device_of(backend))
+        assert build.load(rung, backend)(x, weight, bias, shape).shape == (0, 2, 3, 4)
+
+
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    shape = ODD_SHAPES[0]
+    kernel = build.load(RUNGS[0], "cpu")
+    x, weight, bias = random_data(shape)
+    with pytest.raises(ValueError, match="contiguous float32"):
+        kernel(x.double(), weight, bias, shape)
+    with pytest.raises(ValueError, match="contiguous float32"):
+        kernel(x.to(memory_format=torch.channels_last), weight, bias, shape)
+    with pytest.raises(ValueError, match="x has shape"):
+        kernel(x[:1], weight, bias, shape)
+    with pytest.raises(ValueError, match="weight has shape"):
+        kernel(x, weight[:1], bias, shape)
+
+
+def test_launches_beyond_cuda_limits_are_refused_with_the_limit() -> None:
+    seed = get_rung("k02")
+    assert "1024" in seed.refuses(CONTRACT.with_(batch=1025))
+    assert "65535" in seed.refuses(ConvShape(1, 1, 3, 70000, 1))
+    assert seed.applies(CONTRACT)
+
+
+def test_reference_is_conv2d_in_float64() -> None:
+    shape = ODD_SHAPES[3]
+    x, weight, bias = random_data(shape, seed=0)
+    want = F.conv2d(x.double(), weight.double(), bias, stride=2, padding=(1, 2), groups=2)
+    assert torch.equal(reference(x, weight, bias, shape), want)
+
+
+class _Wrong:
+    """A method with a planted fault."""
+
+    key, precision = "wrong", "fp32"
+
+    def __init__(self, spoil) -> None:
+        self.spoil = spoil
+
+    def __call__(self, x, weight, bias, shape, out=None):
+        out.copy_(F.conv2d(x, weight, bias, **shape.conv_args()))
+        self.spoil(out)
+        return out
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda y: y[0, 0, 0, 0].fill_(math.nan),
+        lambda y: y[-1, -1, -1, -1].mul_(1.001),
+        lambda y: y[0, 1].copy_(y[0, 0].clone()),
+        lambda y: y.mul_(1 + 1e-4),
+    ],
+    ids=["a NaN", "one element 0.1 % off", "a channel twice", "all a little off"],
+)
+def test_the_gate_finds_faults(spoil) -> None:
+    shape = ConvShape(2, 8, 12, 24, 16)
+    check(_Wrong(lambda y: None), shape)
+    with pytest.raises(AssertionError):
+        check(_Wrong(spoil), shape)
+
+
+@gpu
+@pytest.mark.parametrize("rung", RUNGS, ids=lambda r: r.name)
+def test_offsets_beyond_32_bits(rung: Rung) -> None:
+    """2.1 billion inputs and outputs: the last image's offsets need 64 bits."""
+    shape = ConvShape(1025, 1, 1024, 2050, 1, kernel=1)
+    shape = shape if rung.applies(shape) else shape.with_(batch=1024)
+    if reason := rung.refuses(shape):
+        pytest.skip(reason)
+    x = torch.rand(shape.input_shape, device="cuda")
+    weight = torch.full(shape.weight_shape, 2.0, device="cuda")
+    assert x.numel() > 2**31
+    y = torch.full(shape.output_shape, math.nan, device="cuda")
+    build.load(rung, "cuda")(x, weight, None, shape, out=y)
+    assert torch.equal(y[-1], 2 * x[-1]) and torch.equal(y[0], 2 * x[0])
+
+
+@nvcc
+@pytest.mark.parametrize("rung", RUNGS, ids=lambda r: r.name)
+def test_compiles_for_hopper_without_spills(rung: Rung, record_property) -> None:
+    report = build.compile_report(rung, "90a")
+    assert report.kernels and not report.warnings
+    for kernel in report.kernels:
+        record_property(kernel.function, f"{kernel.registers} registers, {kernel.shared} B shared")
+        print(f"{rung.number} {kernel}")
+        assert 0 < kernel.registers <= 255
+        assert kernel.spill_stores == kernel.spill_loads == kernel.stack == 0
