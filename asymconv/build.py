@@ -388,6 +388,22 @@ class Kernel:
             raise LaunchError(f"{self.rung.name}: launch failed with cudaError {code} for {shape}")
         return out
 
+    def trace(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        shape: ConvShape,
+    ) -> list[cpu.LineCount]:
+        """The memory accesses of one call, line by line of the rung's own source.
+
+        Backend "cpu-traced" only. The tensors are copied to where cudaMalloc would put them, at
+        multiples of 256 bytes, so that the sectors counted are those of a GPU.
+        """
+        data = [None if t is None else cpu.aligned_empty(*t.shape).copy_(t) for t in (x, weight, bias)]
+        self(*data, shape, cpu.aligned_empty(*shape.output_shape), trace=True)
+        return self.program.counts()
+
     def _check_tensors(
         self,
         x: torch.Tensor,
@@ -460,7 +476,7 @@ def load(
         if not torch.cuda.is_available():
             raise BuildError("backend 'cuda' needs a GPU and a CUDA build of torch")
         capability = torch.cuda.get_device_capability(device)
-        if capability < rung.capability or (rung.arch == "90a" and capability != (9, 0)):
+        if not rung.runs_on(capability):
             raise BuildError(f"{rung.name} needs sm_{rung.arch or rung.capability}, not {capability}")
         arch = device_arch(rung, device)
     elif not rung.emulated:

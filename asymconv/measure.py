@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from asymconv import build
 from asymconv.check import Checked, Method, check, random_data
 from asymconv.kernels import RUNGS, Precision, Rung
-from asymconv.kernels.rung import launch_limits
 from asymconv.problem import ConvShape
 
 L2_MULTIPLE = 4  # inputs beyond this many L2 caches leave nothing of themselves behind
@@ -259,7 +258,8 @@ extern "C" int asymconv_launch(const float* x, const float* w, const float* bias
   int device, sms;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  stream<<<32 * sms, 512, 0, (cudaStream_t)stream_>>>((const float4*)x, (float4*)y, reads, writes);
+  stream<<<BLOCKS_PER_SM * sms, 512, 0, (cudaStream_t)stream_>>>((const float4*)x, (float4*)y,
+                                                                 reads, writes);
   return (int)cudaGetLastError();
 }
 """
@@ -269,9 +269,46 @@ FLOOR = Rung(
     idea="reads the input once and writes the output once, and computes nothing",
     notebook="00_problem",
     source=_FLOOR_SOURCE,
-    refuses=lambda shape: launch_limits(shape, block=512, grid=(1, 1, 1), what="stream"),
+    refuses=lambda shape: None,
+    defines={"BLOCKS_PER_SM": 8},
 )
 """Not a rung: what device memory alone takes for a convolution's bytes."""
+
+_L2_SOURCE = r"""
+// Reads all of x again and again past L1 (.cg): x fits L2, so this is what L2 delivers.
+__global__ void read_l2(const float4* __restrict__ x, float* __restrict__ y, int count) {
+  float sum = 0.0f;
+  for (int turn = 0; turn < TURNS; ++turn) {
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
+      const float4 v = __ldcg(x + (i + turn * 4096) % count);  // another SM's part every turn
+      sum += v.x + v.y + v.z + v.w;
+    }
+  }
+  if (sum == 1.5e38f) y[0] = sum;  // so that the reads are not removed
+}
+
+extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
+                               const Conv* c, void* stream) {
+  int device, sms;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  const int count = c->N * c->C * c->H * c->W / 4;
+  read_l2<<<4 * sms, 512, 0, (cudaStream_t)stream>>>((const float4*)x, y, count);
+  return (int)cudaGetLastError();
+}
+"""
+
+L2_TURNS = 64
+L2_SHAPE = ConvShape(1, 1, 1024, 4096, 1, kernel=1)  # 16 MiB, a third of an H100's L2
+L2_READ = Rung(
+    name="l2_read",
+    idea="reads 16 MiB from L2, many times",
+    notebook="00_problem",
+    source=_L2_SOURCE,
+    refuses=lambda shape: None,
+    defines={"TURNS": L2_TURNS},
+)
+"""Not a rung: what L2 delivers to the SMs."""
 
 MATMUL_SIZE = 8192
 
@@ -279,13 +316,14 @@ MATMUL_SIZE = 8192
 def time_ceilings(shape: ConvShape) -> list[Timing]:
     """Time what no kernel beats on the current GPU: memory alone, arithmetic alone.
 
-    The floor (`FLOOR`, this shape's bytes), a device-to-device copy of 1 GiB, and square matrix
-    products of 8192 through cuBLAS in fp16, TF32 and fp32. Random data: zeros run faster.
+    The floor (`FLOOR`, this shape's bytes), a device-to-device copy of 1 GiB, reads from L2, and
+    square matrix products of 8192 through cuBLAS in fp16, TF32 and fp32. Random data: zeros run
+    faster.
     """
     x, weight, _ = random_data(shape, "cuda")
     floor = build.load(FLOOR, "cuda")
     size = MATMUL_SIZE
-    source = torch.rand(2**28, device="cuda")
+    source = torch.rand(2**28, device="cuda")  # 1 GiB, read once and written once
     target = torch.empty_like(source)
     a, b = (torch.rand(size, size, device="cuda") - 0.5 for _ in range(2))
     half_a, half_b = a.half(), b.half()
@@ -302,6 +340,10 @@ def time_ceilings(shape: ConvShape) -> list[Timing]:
         return run
 
     out = torch.empty(shape.output_shape, device="cuda")
+    l2_read = build.load(L2_READ, "cuda")
+    l2_data = (*random_data(L2_SHAPE, "cuda")[:2], None, L2_SHAPE)
+    l2_out = torch.empty(L2_SHAPE.output_shape, device="cuda")
+    l2_bytes = L2_TURNS * 4 * l2_data[0].numel()
     flops = 2 * size**3
     runners = [
         _Runner(
@@ -311,6 +353,7 @@ def time_ceilings(shape: ConvShape) -> list[Timing]:
             bytes=shape.least_bytes,
         ),
         _Runner("copy", "ceiling", lambda: target.copy_(source), bytes=2 * 2**30),
+        _Runner("L2 read", "ceiling", lambda: l2_read(*l2_data, l2_out), bytes=l2_bytes),
         _Runner("matmul fp16", "ceiling", lambda: torch.mm(half_a, half_b), flops=flops),
         _Runner("matmul tf32", "ceiling", product("tf32"), flops=flops),
         _Runner("matmul fp32", "ceiling", product("ieee"), flops=flops),

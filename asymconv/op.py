@@ -44,9 +44,8 @@ def choose(
             return None
     capability = torch.cuda.get_device_capability(x.device)
     for rung in reversed(RUNGS):
-        runs = capability == (9, 0) if rung.arch == "90a" else capability >= rung.capability
         allowed = rung.precision == "fp32" or tf32_allowed()
-        if runs and allowed and rung.applies(shape):
+        if rung.runs_on(capability) and allowed and rung.applies(shape):
             return rung
     return None
 

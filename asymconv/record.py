@@ -28,6 +28,9 @@ DATA_FOLDER = Path(__file__).resolve().parent.parent / "figures" / "data"
 LADDER = DATA_FOLDER / "ladder.json"
 """The published record: every rung, the peers and the ceilings on the contract's shape."""
 
+LADDER_VARIABLE = "ASYMCONV_LADDER"
+"""Environment variable: a ladder record to show in place of the published one."""
+
 
 def environment() -> dict[str, str | int]:
     """The machine and its software, as a record names them. Needs a CUDA device."""
@@ -130,13 +133,19 @@ def make(
     return Record(title, shape, environment(), tuple(timings), dict(left_out))
 
 
-def load(path: Path = LADDER) -> Record:
-    """Read a record.
+def ladder_path() -> Path:
+    """The ladder's record: what ``$ASYMCONV_LADDER`` names, else the published one."""
+    return Path(os.environ.get(LADDER_VARIABLE, LADDER))
+
+
+def load(path: Path | None = None) -> Record:
+    """Read a record; the ladder's if no path is given.
 
     Raises:
         FileNotFoundError: there is none; says how to make it.
         ValueError: it is of another format.
     """
+    path = path or ladder_path()
     if not path.exists():
         raise FileNotFoundError(
             f"no record {path}: it is made on a GPU by `asymconv bench --record`"

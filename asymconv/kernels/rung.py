@@ -106,6 +106,12 @@ class Rung:
         """Whether the rung gives the right answer for this shape."""
         return self.refuses(shape) is None
 
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether a GPU of this compute capability can run it."""
+        if self.arch == "90a":  # architecture-specific: no other GPU, not even a newer one
+            return capability == (9, 0)
+        return capability >= self.capability
+
     def text(self, defines: Mapping[str, int] | None = None) -> str:
         """The whole translation unit: tile constants, prelude, kernel and launcher.
 

@@ -1,0 +1,37 @@
+"""Runs CUDA C++ on a CPU, and counts what its memory accesses would cost a GPU.
+
+The same text that nvcc compiles is translated as little as g++ needs (`translate`), compiled to a
+shared library (`write_sources`, `commands`) and run (`Program`): one block at a time, every CUDA
+thread on a stack of its own, with barriers, warp shuffles, shared memory, cp.async, ldmatrix and
+mma.sync. wgmma and TMA are not there.
+
+- Shared memory holds NaN when a block begins. A barrier that not all threads reach, and every other
+  fault, is an `EmulationError` that names kernel and block; the process and the library live on.
+- A traced library also finds accesses out of bounds and races in shared memory, and counts, line by
+  line, requests, sectors and wavefronts as a profiler would (`Program.counts`).
+"""
+
+from asymconv.cpu.program import (
+    Buffer,
+    EmulationError,
+    LineCount,
+    Program,
+    Request,
+    aligned_empty,
+)
+from asymconv.cpu.toolchain import commands, fingerprint, write_sources
+from asymconv.cpu.translate import TranslationError, translate
+
+__all__ = [
+    "Buffer",
+    "EmulationError",
+    "LineCount",
+    "Program",
+    "Request",
+    "TranslationError",
+    "aligned_empty",
+    "commands",
+    "fingerprint",
+    "translate",
+    "write_sources",
+]

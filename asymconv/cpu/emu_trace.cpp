@@ -1,0 +1,632 @@
+// emu_trace.cpp: watches the memory accesses of a traced library.
+//
+// The kernel's object file is compiled with -fsanitize=thread, which calls a hook (__tsan_read4 and
+// so on, at the end of this file) before every load and store. The sanitizer's own library is not
+// linked: these hooks check bounds and alignment, look for races in shared memory, and count what
+// the memory system of a GPU would do.
+//
+// A GPU executes a load for a warp at once: one request. Here the lanes of a warp come one after
+// the other, and what belongs to one request is: the same code address, of one warp, executed for
+// the n-th time by each of its lanes since they last met at a barrier. Where lanes of a warp reach
+// the same load in different turns of a loop, that rule joins what hardware would issue apart.
+#include <pthread.h>
+
+#include <algorithm>
+#include <unordered_map>
+
+#include "emu_runtime.h"
+
+namespace emu {
+namespace trace {
+namespace {
+
+constexpr int kSectorBytes = 32;
+constexpr int kBanks = 32;
+constexpr int kBankBytes = 4;
+constexpr std::size_t kKeptRequests = 32;  // of a site, to be looked at
+constexpr std::size_t kOpenRequests = 512; // of a site and warp, before others are let catch up
+
+enum Space { kIgnored, kGlobal, kShared };
+
+// The accesses of a warp that hardware would issue together.
+struct Request {
+  int warp;
+  uint3 block_index;
+  unsigned lanes = 0;
+  bool counted = false;
+  unsigned char bytes[kWarp];
+  std::uintptr_t address[kWarp];
+};
+
+// An instruction: a place in the code that accesses one space with one width.
+struct Site {
+  const void* pc;
+  Space space;
+  Op op;
+  bool wrapped;  // made by a twin of emu_ptx.h
+  int bytes;     // a lane's access
+  long long requests = 0, lanes = 0, sectors = 0, wavefronts = 0, ideal_wavefronts = 0;
+  std::vector<Request> kept;
+};
+
+// The open requests of a site and warp, a queue: open[done] is the one of the `first`-th execution.
+struct Stream {
+  std::vector<Request> open;
+  std::size_t done = 0;
+  std::size_t first = 0;
+
+  std::size_t size() const { return open.size() - done; }
+};
+
+struct Buffer {
+  std::uintptr_t begin;
+  std::size_t size;
+  int index;  // as Python numbers them
+};
+
+bool counting, checking_races;
+std::vector<Buffer> buffers;  // by address
+Range main_stack;             // of the thread that calls: launch arguments live there
+std::vector<Site> sites;
+std::unordered_map<std::uint64_t, int> site_of_key;
+std::vector<Stream> streams[kMaxWarps];            // [warp][site]
+std::vector<std::size_t> executed[kMaxThreads];    // [thread][site], since the last barrier
+
+// --------------------------------------------------------------------------------------- counts
+
+// A global access takes one sector for every 32 bytes that its lanes touch together.
+int sectors_of(const Request& r) {
+  std::uintptr_t touched[kWarp * 2];
+  int n = 0;
+  for (int l = 0; l < kWarp; ++l) {
+    if (!(r.lanes >> l & 1)) continue;
+    const std::uintptr_t last = (r.address[l] + r.bytes[l] - 1) / kSectorBytes;
+    for (std::uintptr_t s = r.address[l] / kSectorBytes; s <= last; ++s) touched[n++] = s;
+  }
+  std::sort(touched, touched + n);
+  return static_cast<int>(std::unique(touched, touched + n) - touched);
+}
+
+// Shared memory serves 32 words a wavefront, one from each bank, so 8-byte accesses go by half
+// warps and 16-byte ones by quarters.
+int lanes_at_once(int bytes) {
+  return bytes <= 4 ? kWarp : kWarp * kBankBytes / bytes;
+}
+
+// A part of a warp takes as many wavefronts as the worst bank has different words to give.
+int wavefronts_of(const Request& r, int first, int lanes) {
+  std::uintptr_t words[kWarp * 4];
+  int n = 0;
+  for (int l = first; l < first + lanes; ++l) {
+    if (!(r.lanes >> l & 1)) continue;
+    const std::uintptr_t last = (r.address[l] + r.bytes[l] - 1) / kBankBytes;
+    for (std::uintptr_t w = r.address[l] / kBankBytes; w <= last; ++w) words[n++] = w;
+  }
+  std::sort(words, words + n);
+  const auto end = std::unique(words, words + n);
+  int in_bank[kBanks] = {}, worst = 0;
+  for (auto w = words; w != end; ++w) worst = std::max(worst, ++in_bank[*w % kBanks]);
+  return worst;
+}
+
+void count(Site& site, Request& request) {
+  if (request.counted || !request.lanes) return;
+  request.counted = true;
+  ++site.requests;
+  site.lanes += __builtin_popcount(request.lanes);
+  if (site.space == kGlobal) {
+    site.sectors += sectors_of(request);
+  } else {
+    const int lanes = lanes_at_once(site.bytes);
+    for (int first = 0; first < kWarp; first += lanes) {
+      const int wavefronts = wavefronts_of(request, first, lanes);
+      site.wavefronts += wavefronts;
+      site.ideal_wavefronts += wavefronts != 0;
+    }
+  }
+  if (site.kept.size() < kKeptRequests) site.kept.push_back(request);
+}
+
+// Counts what is open at a site, and lets the lanes of the warp count their executions anew.
+void close(int warp, std::size_t site) {
+  Stream& stream = streams[warp][site];
+  for (std::size_t i = stream.done; i < stream.open.size(); ++i) {
+    count(sites[site], stream.open[i]);
+  }
+  stream.open.clear();
+  stream.done = stream.first = 0;
+  const int end = std::min(block.size, (warp + 1) * kWarp);
+  for (int t = warp * kWarp; t < end; ++t) {
+    if (site < executed[t].size()) executed[t][site] = 0;
+  }
+}
+
+void close_warp(int warp) {
+  for (std::size_t site = 0; site < streams[warp].size(); ++site) close(warp, site);
+}
+
+void close_block() {
+  for (int warp = 0; warp * kWarp < block.size; ++warp) close_warp(warp);
+}
+
+Request* find(Stream& stream, std::size_t n) {
+  const std::size_t i = n - stream.first + stream.done;
+  return i < stream.open.size() ? &stream.open[i] : nullptr;
+}
+
+Request* append(Stream& stream, int warp) {
+  stream.open.emplace_back();
+  stream.open.back().warp = warp;
+  stream.open.back().block_index = blockIdx;
+  return &stream.open.back();
+}
+
+// Requests that no further lane can join make room.
+void drop_counted(Stream& stream) {
+  while (stream.size() && stream.open[stream.done].counted) {
+    ++stream.done;
+    ++stream.first;
+  }
+  if (!stream.size()) {
+    stream.open.clear();
+    stream.done = 0;
+  }
+}
+
+// The request that the running lane's next execution of a site belongs to. A lane that runs far
+// ahead of its warp lets the others catch up, so that what is open stays bounded; what they do not
+// join even then belongs to lanes that went another way, and is closed.
+Request& next_request(int warp, std::size_t site) {
+  for (bool waited = false;; waited = true) {
+    Stream& stream = streams[warp][site];
+    const std::size_t n = executed[self->number][site];
+    Request* request = find(stream, n);
+    if (!request && stream.size() < kOpenRequests) request = append(stream, warp);
+    if (request) {
+      ++executed[self->number][site];
+      return *request;
+    }
+    if (waited) {
+      close(warp, site);
+    } else {
+      yield();
+    }
+  }
+}
+
+void add_to_request(std::size_t site, std::uintptr_t address, int bytes) {
+  const int warp = self->number / kWarp;
+  if (executed[self->number].size() <= site) executed[self->number].resize(sites.size());
+  if (streams[warp].size() <= site) streams[warp].resize(sites.size());
+
+  Request& request = next_request(warp, site);
+  request.lanes |= 1u << lane();
+  request.address[lane()] = address;
+  request.bytes[lane()] = static_cast<unsigned char>(bytes);
+  const unsigned live = block.warps[warp].live;
+  if ((request.lanes & live) == live) {
+    count(sites[site], request);
+    drop_counted(streams[warp][site]);
+  }
+}
+
+// ------------------------------------------------------------------------- where an address lies
+
+int site_number(const void* pc, Space space, Op op, int bytes, bool wrapped) {
+  const auto offset = static_cast<std::uint64_t>(static_cast<const unsigned char*>(pc) -
+                                                 library.begin);
+  const std::uint64_t key = offset << 16 | static_cast<std::uint64_t>(bytes) << 8 |
+                            static_cast<std::uint64_t>(op) << 4 | static_cast<std::uint64_t>(space);
+  static std::uint64_t last_key[1024];  // most accesses come from few sites
+  static int last_site[1024];
+  const std::size_t slot = (key >> 16 ^ key >> 4) % 1024;
+  const auto index = static_cast<std::size_t>(last_site[slot]);
+  if (last_key[slot] == key && index < sites.size() && sites[index].pc == pc) {
+    return last_site[slot];
+  }
+  const auto [found, is_new] = site_of_key.emplace(key, static_cast<int>(sites.size()));
+  if (is_new) sites.push_back(Site{pc, space, op, wrapped, bytes, 0, 0, 0, 0, 0, {}});
+  last_key[slot] = key;
+  last_site[slot] = found->second;
+  return found->second;
+}
+
+const char* verb(Op op) {
+  return op == kLoad ? "loads" : op == kStore ? "stores" : "updates";
+}
+
+// Python puts the line for `{pc:...}` (1: of the caller of the wrapper) and a name for `{buffer:}`.
+#define EMU_PC "line {pc:%zx:%d}"
+std::size_t in_library(const void* pc) {
+  return static_cast<std::size_t>(static_cast<const unsigned char*>(pc) - library.begin);
+}
+
+[[noreturn]] void out_of_shared(std::uintptr_t address, int bytes, Op op, const void* pc,
+                                bool wrapped) {
+  const uint3 t = self->index;
+  const auto offset =
+      static_cast<long long>(address - reinterpret_cast<std::uintptr_t>(dynamic_shared()));
+  fail("out of bounds: thread (%u, %u, %u) %s %d bytes at offset %lld of the %zu bytes of dynamic "
+       "shared memory, " EMU_PC,
+       t.x, t.y, t.z, verb(op), bytes, offset, block.dynamic_shared, in_library(pc), wrapped);
+}
+
+[[noreturn]] void out_of_buffers(std::uintptr_t address, int bytes, Op op, const void* pc,
+                                 bool wrapped) {
+  const uint3 t = self->index;
+  const Buffer* nearest = nullptr;
+  std::uintptr_t least = ~std::uintptr_t{0};
+  for (const Buffer& b : buffers) {
+    const std::uintptr_t distance = address < b.begin ? b.begin - address : address - b.begin;
+    const std::uintptr_t beyond = address < b.begin ? distance : distance - std::min(distance, b.size);
+    if (beyond < least) {
+      least = beyond;
+      nearest = &b;
+    }
+  }
+  if (!nearest) {
+    fail("out of bounds: thread (%u, %u, %u) %s %d bytes at %#zx, and no buffer is known, " EMU_PC,
+         t.x, t.y, t.z, verb(op), bytes, address, in_library(pc), wrapped);
+  }
+  fail("out of bounds: thread (%u, %u, %u) %s %d bytes at offset %lld of buffer {buffer:%d} of %zu "
+       "bytes, " EMU_PC,
+       t.x, t.y, t.z, verb(op), bytes, static_cast<long long>(address - nearest->begin),
+       nearest->index, nearest->size, in_library(pc), wrapped);
+}
+
+// The registered buffer that holds the address, or null.
+const Buffer* buffer_of(std::uintptr_t address) {
+  auto after = std::upper_bound(
+      buffers.begin(), buffers.end(), address,
+      [](std::uintptr_t a, const Buffer& b) { return a < b.begin; });
+  if (after == buffers.begin()) return nullptr;
+  const Buffer& b = *--after;
+  return address - b.begin < b.size ? &b : nullptr;
+}
+
+// Ends the call if no memory of the kernel's lies there.
+Space space_of(const void* p, int bytes, Op op, const void* pc, bool wrapped) {
+  const Range stack{fiber->stack, kStackBytes};
+  if (stack.contains(p)) return kIgnored;  // local variables
+
+  const auto address = reinterpret_cast<std::uintptr_t>(p);
+  const Range room{dynamic_shared_room, kSharedMargin + kMaxDynamicShared + kSharedMargin};
+  if (room.contains(p)) {
+    const Range launched{dynamic_shared(), block.dynamic_shared};
+    const auto* last = static_cast<const unsigned char*>(p) + bytes - 1;
+    if (!launched.contains(p) || !launched.contains(last)) {
+      out_of_shared(address, bytes, op, pc, wrapped);
+    }
+    return kShared;
+  }
+  if (library.contains(p)) return kIgnored;  // threadIdx, __constant__, string literals
+  if (static_shared.contains(p)) return kShared;
+  if (const Buffer* b = buffer_of(address)) {
+    const std::size_t offset = address - b->begin;
+    if (offset + static_cast<std::size_t>(bytes) <= b->size) return kGlobal;
+  } else if (main_stack.contains(p)) {
+    return kIgnored;  // launch arguments
+  }
+  out_of_buffers(address, bytes, op, pc, wrapped);
+}
+
+// ---------------------------------------------------------------------------------------- races
+
+// Two accesses of one byte of shared memory, at least one of them a store, race unless a barrier
+// stands between them. Threads of a block are ordered by __syncthreads(); lanes of a warp by
+// __syncwarp() too, with a clock for each lane: clocks[w][a][b] is how far lane a has seen lane b.
+// Shuffles and votes order nothing: "they do not imply a memory barrier".
+struct Toucher {
+  short thread = -1;
+  bool atomic = false;
+  unsigned stamp = 0;  // of its own clock
+  int site = 0;
+};
+
+struct Cell {
+  unsigned epoch = 0;  // what is older is forgotten
+  Toucher writer;
+  Toucher reader;    // the last
+  Toucher mate;      // the last of the same warp, but another lane
+  Toucher stranger;  // the last of another warp
+};
+
+unsigned epoch;  // grows at every barrier of a block, and with every block
+unsigned clocks[kMaxWarps][kWarp][kWarp];
+std::vector<Cell> cells;  // dynamic, then static shared memory, a byte each
+
+bool ordered(const Toucher& before, const Thread& now) {
+  if (before.thread < 0 || before.thread == now.number) return true;
+  const int warp = now.number / kWarp;
+  if (before.thread / kWarp != warp) return false;
+  return clocks[warp][now.number % kWarp][before.thread % kWarp] >= before.stamp;
+}
+
+[[noreturn]] void report_race(const Toucher& before, bool before_wrote, const Thread& now, Op op,
+                              int site, std::size_t cell) {
+  const uint3 a = now.index;
+  const uint3 b = block.threads[before.thread].index;
+  const Site& here = sites[static_cast<std::size_t>(site)];
+  const Site& there = sites[static_cast<std::size_t>(before.site)];
+  const bool dynamic = cell < kMaxDynamicShared;
+  fail("race in shared memory: thread (%u, %u, %u) %s at " EMU_PC
+       " what thread (%u, %u, %u) %s at " EMU_PC
+       " with no barrier between (%s shared memory, byte %zu)",
+       a.x, a.y, a.z, verb(op), in_library(here.pc), here.wrapped, b.x, b.y, b.z,
+       before_wrote ? "stores" : "loads", in_library(there.pc), there.wrapped,
+       dynamic ? "dynamic" : "static", dynamic ? cell : cell - kMaxDynamicShared);
+}
+
+void remember_reader(Cell& cell, const Toucher& reader) {
+  const int warp = reader.thread / kWarp;
+  if (cell.reader.thread >= 0 && cell.reader.thread != reader.thread) {
+    if (cell.reader.thread / kWarp == warp) {
+      cell.mate = cell.reader;
+    } else {
+      cell.stranger = cell.reader;
+      cell.mate = {};
+    }
+  }
+  cell.reader = reader;
+}
+
+void check_cell(std::size_t index, Op op, const Thread& thread, int site) {
+  Cell& cell = cells[index];
+  if (cell.epoch != epoch) {
+    cell = Cell{};
+    cell.epoch = epoch;
+  }
+  const bool atomic = op == kAtomic;
+  const bool both_atomic = atomic && cell.writer.atomic;
+  if (!both_atomic && !ordered(cell.writer, thread)) {
+    report_race(cell.writer, true, thread, op, site, index);
+  }
+  const int l = thread.number % kWarp;
+  const Toucher now{static_cast<short>(thread.number), atomic,
+                    clocks[thread.number / kWarp][l][l], site};
+  if (op == kLoad) {
+    remember_reader(cell, now);
+    return;
+  }
+  for (const Toucher* reader : {&cell.reader, &cell.mate, &cell.stranger}) {
+    if (!ordered(*reader, thread)) report_race(*reader, false, thread, op, site, index);
+  }
+  cell.writer = now;
+  cell.reader = cell.mate = cell.stranger = {};
+}
+
+void check_race(const void* p, int bytes, Op op, const Thread& thread, int site) {
+  const Range dynamic{dynamic_shared(), kMaxDynamicShared};
+  const auto* address = static_cast<const unsigned char*>(p);
+  const auto offset = dynamic.contains(p)
+                          ? static_cast<std::size_t>(address - dynamic.begin)
+                          : kMaxDynamicShared + static_cast<std::size_t>(address - static_shared.begin);
+  for (int i = 0; i < bytes; ++i) check_cell(offset + static_cast<std::size_t>(i), op, thread, site);
+}
+
+// -------------------------------------------------------------------------------------- accesses
+
+// bytes: of the instruction, a power of two; touched: of them, those really accessed.
+void note(const void* p, int bytes, int touched, Op op, const void* pc, bool wrapped) {
+  const Space space = space_of(p, touched, op, pc, wrapped);
+  if (space == kIgnored) return;
+  const auto address = reinterpret_cast<std::uintptr_t>(p);
+  if (address % static_cast<std::uintptr_t>(bytes)) {
+    const uint3 t = self->index;
+    fail("misaligned: thread (%u, %u, %u) %s %d bytes at an address that is no multiple of %d, "
+         EMU_PC, t.x, t.y, t.z, verb(op), bytes, bytes, in_library(pc), wrapped);
+  }
+  const int site = site_number(pc, space, op, bytes, wrapped);
+  if (checking_races && space == kShared) check_race(p, touched, op, *self, site);
+  if (counting) add_to_request(static_cast<std::size_t>(site), address, touched);
+}
+
+bool watching() {
+  return self && (counting || checking_races);
+}
+
+// A struct that is no vector type: nvcc copies it in pieces of its alignment, up to 16 bytes.
+void note_range(const void* p, std::size_t bytes, Op op, const void* pc) {
+  const auto address = reinterpret_cast<std::uintptr_t>(p);
+  const std::size_t both = address | bytes | 16;
+  const std::size_t piece = both & (~both + 1);
+  for (std::size_t at = 0; at < bytes; at += piece) {
+    note(static_cast<const unsigned char*>(p) + at, static_cast<int>(piece),
+         static_cast<int>(piece), op, pc, false);
+  }
+}
+
+void find_main_stack() {
+  pthread_attr_t attributes;
+  void* low = nullptr;
+  std::size_t size = 0;
+  pthread_getattr_np(pthread_self(), &attributes);
+  pthread_attr_getstack(&attributes, &low, &size);
+  pthread_attr_destroy(&attributes);
+  main_stack = {static_cast<unsigned char*>(low), size};
+}
+
+int copy_store_site(const Copy& copy) {
+  return site_number(copy.pc, kShared, kStore, copy.bytes, true);
+}
+
+}  // namespace
+
+void access(const void* p, int bytes, Op op, const void* pc) {
+  if (watching()) note(p, bytes, bytes, op, pc, false);
+}
+
+void copy_begins(const Copy& copy) {
+  if (!watching()) return;
+  if (copy.source_bytes) {
+    note(copy.global, copy.bytes, copy.source_bytes, kLoad, copy.pc, true);
+  }
+  note(copy.shared, copy.bytes, copy.bytes, kStore, copy.pc, true);
+}
+
+void copy_ends(const Copy& copy) {
+  if (!self || !checking_races) return;
+  check_race(copy.shared, copy.bytes, kStore, *self, copy_store_site(copy));
+}
+
+void matrix_row(const void* address, int bytes, const void* pc) {
+  if (watching()) note(address, bytes, bytes, kLoad, pc, true);
+}
+
+void begin_block() {
+  ++epoch;
+  if (!checking_races) return;
+  for (auto& warp : clocks) {
+    for (int l = 0; l < kWarp; ++l) {
+      std::fill(warp[l], warp[l] + kWarp, 0u);
+      warp[l][l] = 1;
+    }
+  }
+}
+
+void end_block() {
+  if (counting) close_block();
+}
+
+void block_synchronized() {
+  if (counting) close_block();
+  ++epoch;
+  if (!checking_races) return;
+  for (int t = 0; t < block.size; ++t) {
+    const Thread& thread = block.threads[t];
+    for (const Copy& copy : thread.copies) {
+      check_race(copy.shared, copy.bytes, kStore, thread, copy_store_site(copy));
+    }
+  }
+}
+
+void warp_synchronized(int warp, unsigned lanes, bool orders_memory) {
+  if (counting && lanes == block.warps[warp].live) close_warp(warp);
+  if (!checking_races || !orders_memory) return;
+  unsigned seen[kWarp] = {};  // what any of them has seen, all of them have now
+  for (int l = 0; l < kWarp; ++l) {
+    if (!(lanes >> l & 1)) continue;
+    for (int other = 0; other < kWarp; ++other) {
+      seen[other] = std::max(seen[other], clocks[warp][l][other]);
+    }
+  }
+  for (int l = 0; l < kWarp; ++l) {
+    if (!(lanes >> l & 1)) continue;
+    std::copy(seen, seen + kWarp, clocks[warp][l]);
+    ++clocks[warp][l][l];
+  }
+}
+
+}  // namespace trace
+}  // namespace emu
+
+// ------------------------------------------------------------------------- what Python calls
+
+#pragma GCC visibility push(default)
+
+extern "C" {
+
+// After emu_begin, before every launcher: what to watch in its kernels.
+void emu_watch(int count, int races, int n, const std::uintptr_t* addresses,
+               const std::size_t* sizes) {
+  using namespace emu;
+  using namespace emu::trace;
+  counting = count;
+  checking_races = races;
+  buffers.clear();
+  for (int i = 0; i < n; ++i) {
+    if (sizes[i]) buffers.push_back({addresses[i], sizes[i], i});
+  }
+  std::sort(buffers.begin(), buffers.end(),
+            [](const auto& a, const auto& b) { return a.begin < b.begin; });
+  if (!count && !races) return;
+  find_main_stack();
+  sites.clear();
+  site_of_key.clear();
+  for (auto& warp : streams) warp.clear();
+  for (auto& thread : executed) thread.clear();
+  if (races) cells.assign(kMaxDynamicShared + static_shared.size, Cell{});
+}
+
+struct EmuSite {
+  std::uint64_t pc;  // from the start of the library
+  std::int32_t wrapped, shared, op, bytes;
+  std::int64_t requests, lanes, sectors, wavefronts, ideal_wavefronts;
+  std::int32_t kept;  // requests that emu_request can show
+};
+
+int emu_site_count() {
+  return static_cast<int>(emu::trace::sites.size());
+}
+
+void emu_site(int i, EmuSite* to) {
+  using namespace emu::trace;
+  const Site& s = sites[static_cast<std::size_t>(i)];
+  *to = {in_library(s.pc), s.wrapped, s.space == kShared, s.op, s.bytes, s.requests, s.lanes,
+         s.sectors, s.wavefronts, s.ideal_wavefronts, static_cast<std::int32_t>(s.kept.size())};
+}
+
+struct EmuRequest {
+  std::uint32_t block[3], lanes;
+  std::int32_t warp;
+  std::int32_t where[32];   // number of the buffer; -1 dynamic, -2 static shared memory
+  std::int64_t offset[32];  // bytes
+};
+
+void emu_request(int site, int i, EmuRequest* to) {
+  using namespace emu;
+  using namespace emu::trace;
+  const Request& r = sites[static_cast<std::size_t>(site)].kept[static_cast<std::size_t>(i)];
+  const Range dynamic{dynamic_shared(), kMaxDynamicShared};
+  *to = {};
+  to->block[0] = r.block_index.x;
+  to->block[1] = r.block_index.y;
+  to->block[2] = r.block_index.z;
+  to->lanes = r.lanes;
+  to->warp = r.warp;
+  for (int l = 0; l < kWarp; ++l) {
+    if (!(r.lanes >> l & 1)) continue;
+    const auto* p = reinterpret_cast<const unsigned char*>(r.address[l]);
+    if (const Buffer* b = buffer_of(r.address[l])) {
+      to->where[l] = b->index;
+      to->offset[l] = static_cast<std::int64_t>(r.address[l] - b->begin);
+    } else {
+      to->where[l] = dynamic.contains(p) ? -1 : -2;
+      to->offset[l] = p - (dynamic.contains(p) ? dynamic.begin : static_shared.begin);
+    }
+  }
+}
+
+// The hooks. The compiler calls them before the access; the return address tells it apart.
+#define EMU_HOOK(name, bytes, op)                                                 \
+  void __tsan_##name(void* p) {                                                   \
+    emu::trace::access(p, bytes, emu::trace::op, __builtin_return_address(0));    \
+  }
+#define EMU_HOOKS(bytes)                        \
+  EMU_HOOK(read##bytes, bytes, kLoad)           \
+  EMU_HOOK(write##bytes, bytes, kStore)         \
+  EMU_HOOK(unaligned_read##bytes, bytes, kLoad) \
+  EMU_HOOK(unaligned_write##bytes, bytes, kStore)
+EMU_HOOKS(1)
+EMU_HOOKS(2)
+EMU_HOOKS(4)
+EMU_HOOKS(8)
+EMU_HOOKS(16)
+
+void __tsan_read_range(void* p, std::size_t bytes) {
+  using namespace emu::trace;
+  if (watching()) note_range(p, bytes, kLoad, __builtin_return_address(0));
+}
+void __tsan_write_range(void* p, std::size_t bytes) {
+  using namespace emu::trace;
+  if (watching()) note_range(p, bytes, kStore, __builtin_return_address(0));
+}
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+
+}  // extern "C"
+
+#pragma GCC visibility pop

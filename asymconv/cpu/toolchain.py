@@ -1,0 +1,123 @@
+"""From a CUDA text to a shared library: the sources, the flags, the g++ commands.
+
+Why these flags:
+
+- Plain: ``-O3``, and on x86-64 machines that have it the AVX2 and FMA level of instructions.
+  ``-ffp-contract=off`` keeps the results the same on every machine (nvcc fuses ``a * b + c`` by
+  default: write ``fmaf`` where a result must agree to the bit). ``-fno-strict-aliasing``: CUDA
+  texts view floats as float4 and halves as words.
+- Traced: ``-O0 -fsanitize=thread``. Not because it is easy to read: at -O0 a load or store in the
+  source is one access in the machine code, whatever the version of g++. With optimization, g++ 11
+  and 12 hoist, join and drop different ones, flag by flag. Local variables and arrays whose address
+  is not passed on are not instrumented, so they cost no calls.
+- Both: ``-fno-gnu-unique``, else two libraries would share the static variables of templates;
+  ``-g1`` or ``-g`` for the lines.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import platform
+import subprocess
+from pathlib import Path
+
+from asymconv.cpu.translate import translate
+
+_HERE = Path(__file__).parent
+KERNEL = "kernel.cu"
+"""What compiler errors and memory counts call the CUDA text."""
+
+_HEADERS = ("emu.h", "emu_half.h", "emu_ptx.h", "emu_runtime.h")
+_RUNTIME = ("emu_runtime.cpp", "emu_ptx.cpp")
+_TRACER = ("emu_trace.cpp",)
+_COMMON = (
+    "-std=c++17",
+    "-fPIC",
+    "-fno-strict-aliasing",
+    "-fno-gnu-unique",
+    "-fno-threadsafe-statics",
+    "-fno-exceptions",
+    "-ffp-contract=off",
+)
+_PLAIN = ("-O3", "-g1", "-fno-semantic-interposition")
+_TRACED = ("-O0", "-g", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
+_RUNTIME_FLAGS = ("-O2", "-g1")
+_LINK = ("-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs")
+_X86_64_V3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
+
+
+def fingerprint(cxx: str = "g++") -> str:
+    """32 hex digits that change whenever a build of the same text could come out otherwise.
+
+    They cover this package's sources, the flags for this machine, and the compiler's version.
+
+    Raises:
+        OSError: there is no such compiler.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(_HERE.iterdir()):
+        if path.suffix in {".py", ".h", ".cpp"}:
+            digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    digest.update(repr((_plain_flags(), platform.machine())).encode())
+    digest.update(_version(cxx).encode())
+    return digest.hexdigest()[:32]
+
+
+def write_sources(source: str, folder: Path) -> None:
+    """Write all that `commands` compiles into an existing folder.
+
+    Args:
+        source: the CUDA text; also written, as kernel.cu, to look at.
+        folder: gets kernel.cpp and the emulator's own sources.
+
+    Raises:
+        TranslationError: the text has a launch that the translator cannot read.
+    """
+    (folder / KERNEL).write_text(source)
+    (folder / "kernel.cpp").write_text(translate(source, KERNEL))
+    for name in (*_HEADERS, *_RUNTIME, *_TRACER):
+        (folder / name).write_bytes((_HERE / name).read_bytes())
+
+
+def commands(folder: Path, *, traced: bool, cxx: str = "g++") -> list[list[str]]:
+    """The commands that, one after the other, turn the sources into folder/"kernel.so".
+
+    Args:
+        folder: where `write_sources` wrote.
+        traced: build the library that counts and checks memory accesses; it is slower.
+        cxx: the compiler. Traced builds want g++ (clang splits vector copies into calls of memcpy).
+    """
+    kernel_flags = _TRACED if traced else _plain_flags()
+    runtime = [str(folder / name) for name in (*_RUNTIME, *(_TRACER if traced else ()))]
+    kernel_object = str(folder / "kernel.o")
+    library = str(folder / "kernel.so")
+    return [
+        [cxx, *_COMMON, *kernel_flags, "-c", str(folder / "kernel.cpp"), "-o", kernel_object],
+        [
+            *(cxx, *_COMMON, *_RUNTIME_FLAGS, f"-DEMU_TRACED={int(traced)}"),
+            *(*runtime, kernel_object, *_LINK, "-o", library),
+        ],
+    ]
+
+
+def _plain_flags() -> tuple[str, ...]:
+    return (*_PLAIN, "-march=x86-64-v3") if _has_x86_64_v3() else _PLAIN
+
+
+@functools.cache
+def _has_x86_64_v3() -> bool:
+    if platform.machine() not in {"x86_64", "AMD64"}:
+        return False
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return _X86_64_V3 <= set(flags.split())
+
+
+@functools.cache
+def _version(cxx: str) -> str:
+    done = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout

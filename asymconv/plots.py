@@ -1,0 +1,734 @@
+"""Figures, one function each, drawn from recorded data only.
+
+A figure's title states what it shows, in numbers taken from the record; its small print names the
+GPU, the record and the git revision. `svg` gives the same bytes on any machine: every text stands
+on a fixed baseline and is written as text, nothing is laid out by measuring fonts, coordinates
+are rounded, and matplotlib's names for clip paths and markers are replaced. pyplot is not used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import itertools
+import math
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Affine2D, ScaledTranslation
+
+from asymconv import record as records
+from asymconv.measure import Timing
+from asymconv.record import Record
+
+# --- one colour and one marker a method ----------------------------------------------------------
+
+COLOURS: Mapping[str, str] = {
+    # the seed: reds
+    "k01": "#661100",
+    "k02": "#E06000",
+    # plain CUDA: yellow to blue
+    "k03": "#DDAA33",
+    "k04": "#99DDFF",
+    "k05": "#1965B0",
+    # tensor cores
+    "k06": "#009E73",
+    "k07": "#E377C2",
+    "k08": "#4B0082",
+    # what a rung is compared with
+    "nn.Conv2d": "#000000",
+    "nn.Conv2d, strict fp32": "#555555",
+    # what nothing beats
+    "memory floor": "#B00020",
+    "copy": "#8C564B",
+    "L2 read": "#B8A07E",
+    "matmul fp16": "#7F7F7F",
+    "matmul tf32": "#969696",
+    "matmul fp32": "#ADADAD",
+}
+"""Colour of each method, a rung by its number, in every figure.
+
+Rungs and peers stay apart under red-green blindness (tests/test_plots.py simulates it).
+"""
+
+MARKERS: Mapping[str, str] = {
+    "k01": "v",
+    "k02": "^",
+    "k03": "s",
+    "k04": "D",
+    "k05": "o",
+    "k06": "P",
+    "k07": "*",
+    "k08": "X",
+    "nn.Conv2d": "p",
+    "nn.Conv2d, strict fp32": "h",
+}
+"""Marker of each rung and peer: tells them apart without colour."""
+
+
+def short_name(name: str) -> str:
+    """What `COLOURS` and labels call a method: a rung by its number, others by their name."""
+    return name.split("_", 1)[0] if re.match(r"k\d\d_", name) else name
+
+
+def colour(name: str) -> str:
+    """The colour of a method. Raises KeyError, saying where to add one."""
+    if (key := short_name(name)) not in COLOURS:
+        raise KeyError(f"{name!r} has no colour: give it one in asymconv.plots.COLOURS")
+    return COLOURS[key]
+
+
+def marker(name: str) -> str:
+    """The marker of a rung or peer. Raises KeyError, saying where to add one."""
+    if (key := short_name(name)) not in MARKERS:
+        raise KeyError(f"{name!r} has no marker: give it one in asymconv.plots.MARKERS")
+    return MARKERS[key]
+
+
+# --- numbers as text -----------------------------------------------------------------------------
+
+
+def significant(value: float) -> str:
+    """A positive number with three significant digits, or all digits before the point."""
+    if value <= 0:
+        return f"{value:g}"
+    digits = max(0, 2 - math.floor(math.log10(value)))
+    text = f"{value:.{digits}f}"
+    if digits and value >= 1 and len(text.replace(".", "")) > 3:  # 9.999 became 10.00
+        text = text[:-1].rstrip(".")
+    return text
+
+
+def milliseconds(value: float) -> str:
+    """A time in ms as figures and tables print it: ``2112 ms``, ``4.18 ms``."""
+    return f"{significant(value)} ms"
+
+
+def byte_count(value: int) -> str:
+    """A number of bytes with a decimal unit: ``128 B``, ``134 MB``."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if value >= size:
+            return f"{significant(value / size)} {unit}"
+    return f"{value} B"
+
+
+# --- the page: fixed places, baselines, small print ----------------------------------------------
+
+WIDTH = 648.0  # points; 9 inches, 900 pixels at 100 dpi
+MARGIN = 14.0
+INK, SOFT, FAINT = "#1A1A1A", "#5A5A5A", "#DCDCDC"
+TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 13.0, 10.0, 9.0
+TITLE_CHARS, SMALL_CHARS = 76, 116  # what fits in a line, by the widths of DejaVu Sans
+
+STYLE = {
+    "font.family": ["sans-serif"],
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
+    "font.size": TEXT_SIZE,
+    "text.color": INK,
+    "axes.edgecolor": SOFT,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.unicode_minus": True,
+    "figure.dpi": 100.0,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "asymconv",
+    "path.simplify": False,
+}
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    """Matplotlib's own defaults and `STYLE`, whatever the user's matplotlibrc says."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def _page(
+    height: float, title: str, subtitle: str, small_print: Sequence[str]
+) -> tuple[Figure, float, float]:
+    """An empty figure with title and small print.
+
+    Args:
+        height: of what the caller draws, in points.
+        title: the finding; wrapped if it is long.
+        subtitle: one line, wrapped too.
+        small_print: lines at the foot.
+
+    Returns:
+        The figure, and bottom and top of the caller's part in points from the figure's foot.
+    """
+    heads = textwrap.wrap(title, TITLE_CHARS)
+    subs = textwrap.wrap(subtitle, SMALL_CHARS - 14)
+    feet = [line for text in small_print for line in textwrap.wrap(text, SMALL_CHARS)]
+    head_height = MARGIN + 17 * len(heads) + 14 * len(subs) + 4
+    foot_height = MARGIN + 12 * len(feet)
+    total = head_height + height + foot_height
+    figure = Figure(figsize=(WIDTH / 72, total / 72), dpi=100)
+
+    def write(y: float, text: str, **style: object) -> None:
+        figure.text(MARGIN / WIDTH, y / total, text, va="baseline", ha="left", **style)
+
+    y = total - MARGIN + 4
+    for line in heads:
+        y -= 17
+        write(y, line, fontsize=TITLE_SIZE, fontweight="bold")
+    for line in subs:
+        y -= 15
+        write(y, line, fontsize=TEXT_SIZE, color=SOFT)
+    y = foot_height
+    for line in feet:
+        y -= 12
+        write(y, line, fontsize=SMALL_SIZE, color=SOFT)
+    return figure, foot_height, total - head_height
+
+
+def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Axes at a place given in points."""
+    total = figure.get_figheight() * 72
+    return figure.add_axes((left / WIDTH, bottom / total, width / WIDTH, height / total))
+
+
+def _note(
+    axes: Axes,
+    x: float,
+    y: float,
+    text: str,
+    dx: float = 0.0,
+    dy: float = 0.0,
+    backed: bool = False,
+    **style: object,
+) -> None:
+    """Text at data (x, y), its baseline moved by (dx, dy) points; `backed` hides lines behind."""
+    size = float(style.setdefault("fontsize", SMALL_SIZE))  # type: ignore[arg-type]
+    ha = style.setdefault("ha", "left")
+    if backed:
+        width = 0.62 * size * len(text) + 2
+        start = {"left": 0.0, "right": -width, "center": -width / 2}[str(ha)]
+        at = ScaledTranslation(x, y, axes.transData)
+        inches = Affine2D().scale(1 / 72) + axes.figure.dpi_scale_trans
+        axes.add_patch(
+            Rectangle(
+                (dx + start - 1, dy - 0.3 * size),
+                width,
+                1.35 * size,
+                transform=inches + at,
+                facecolor="white",
+                linewidth=0,
+                zorder=2.5,
+                clip_on=False,
+            )
+        )
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(dx, dy),
+        textcoords="offset points",
+        va="baseline",
+        annotation_clip=False,
+        zorder=6,
+        **style,
+    )
+
+
+def _ticks(axes: Axes, which: str, values: Sequence[float], labels: Sequence[str]) -> None:
+    """Ticks of one axis at these values, their labels on fixed baselines."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(FixedLocator(list(values)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(NullFormatter())
+    axes.tick_params(axis=which, length=3, color=SOFT)
+    left, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
+    for value, label in zip(values, labels, strict=True):
+        if which == "x":
+            _note(axes, value, bottom, label, dy=-14, ha="center", color=SOFT)
+        else:
+            _note(axes, left, value, label, dx=-7, dy=-3.2, ha="right", color=SOFT)
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """The powers of ten from low to high."""
+    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    return [10.0**n for n in range(first, last + 1)]
+
+
+def _point(axes: Axes, x: float, y: float, name: str, hollow: bool = False) -> None:
+    """A method's marker in its colour."""
+    axes.plot(
+        [x],
+        [y],
+        linestyle="none",
+        marker=marker(name),
+        markersize=11 if marker(name) == "*" else 8.5,
+        markerfacecolor="white" if hollow else colour(name),
+        markeredgecolor=colour(name) if hollow else INK,
+        markeredgewidth=1.2 if hollow else 0.7,
+        zorder=5,
+        clip_on=False,
+    )
+
+
+def _small_print(record: Record, source: str) -> list[str]:
+    """Which GPU, convolution, record and revision a figure shows."""
+    made = record.made
+    repeats = [len(t.milliseconds) for t in record.timings]
+    spread = f"{min(repeats)} to {max(repeats)}" if min(repeats) < max(repeats) else f"{repeats[0]}"
+    return [
+        f"{record.gpu} · {record.shape} · medians of {spread} repeats",
+        f"record {source} of {made['date']} · git {made['revision']} · torch {made['torch']}, "
+        f"CUDA {made['cuda']}, cuDNN {made['cudnn']}",
+    ]
+
+
+def _label(name: str) -> str:
+    """A method's name for reading: ``k02 block per pixel``."""
+    return name.replace("_", " ")
+
+
+def _best(record: Record) -> Timing:
+    """The fastest rung. Raises ValueError if the record has none."""
+    if not (rungs := record.of_kind("rung")):
+        raise ValueError(f"the record {record.title!r} has no rung to draw")
+    return min(rungs, key=lambda t: t.median)
+
+
+# --- the ladder ----------------------------------------------------------------------------------
+
+
+def _ladder_finding(record: Record) -> tuple[str, str]:
+    """Title and subtitle of the ladder."""
+    best, peer, floor = _best(record), record["nn.Conv2d"], record["memory floor"]
+    ratio = best.median / peer.median
+    if ratio > 1:
+        comparison = f"a factor of {significant(ratio)}"
+    else:
+        comparison = f"{significant(1 / ratio)} times faster"
+    times = f"{milliseconds(best.median)}, nn.Conv2d {milliseconds(peer.median)}"
+    title = f"{short_name(best.name)} needs {times}: {comparison}"
+    first = record.of_kind("rung")[0]
+    subtitle = (
+        f"Moving the bytes alone takes {milliseconds(floor.median)}, the memory floor; "
+        f"{short_name(best.name)} takes {significant(best.median / floor.median)} times that."
+    )
+    if first is not best:
+        gain = significant(first.median / best.median)
+        subtitle = f"{short_name(best.name)} is {gain} times faster than {short_name(first.name)}. {subtitle}"
+    return title, subtitle
+
+
+def ladder(record: Record, source: str = records.LADDER.name) -> Figure:
+    """Every rung and peer in order, on a logarithmic time axis, against the memory floor.
+
+    Args:
+        record: rungs, peers (nn.Conv2d among them) and the ceiling "memory floor".
+        source: the record's file name, for the small print.
+
+    Raises:
+        KeyError: nn.Conv2d or the floor is not in the record, or a method has no colour.
+        ValueError: there is no rung.
+    """
+    rungs, peers = record.of_kind("rung"), record.of_kind("peer")
+    floor = record["memory floor"].median
+    title, subtitle = _ladder_finding(record)
+    step, gap = 25.0, 0.5  # points a row; rows between rungs and peers
+    rows = [(t, float(i)) for i, t in enumerate(rungs)]
+    rows += [(t, len(rungs) + gap + i) for i, t in enumerate(peers)]
+    last = rows[-1][1]
+    with _style():
+        body = step * (last + 1)
+        figure, bottom, top = _page(body + 22 + 42, title, subtitle, _small_print(record, source))
+        left = 190.0
+        axes = _axes(figure, left, bottom + 42, WIDTH - left - MARGIN - 4, body)
+        times = [t.median for t, _ in rows] + [floor]
+        low, high = 0.8 * min(times), max(times)
+        axes.set_xscale("log")
+        axes.set_xlim(low, high * (high / low) ** 0.17)  # room for the slowest one's label
+        axes.set_ylim(last + 0.5, -0.5)
+        ticks = _decades(*axes.get_xlim())
+        _ticks(axes, "x", ticks, [f"{t / 1e3:g} s" if t >= 1e3 else f"{t:g} ms" for t in ticks])
+        axes.yaxis.set_major_locator(NullLocator())
+        axes.spines["left"].set_visible(False)
+        for tick in ticks:
+            axes.axvline(tick, color=FAINT, linewidth=0.7, zorder=0)
+        middle = math.sqrt(axes.get_xlim()[0] * axes.get_xlim()[1])
+        axis_text = "time of one forward pass, milliseconds, logarithmic; less is better"
+        _note(axes, middle, last + 0.5, axis_text, dy=-29, ha="center", color=SOFT)
+
+        floor_style = {"color": colour("memory floor"), "linewidth": 1.6, "zorder": 2}
+        axes.axvline(floor, **floor_style)
+        floor_text = f"memory floor {milliseconds(floor)}"
+        _note(axes, floor, -0.5, floor_text, dx=-2, dy=5, color=colour("memory floor"))
+        for timing, row in rows:
+            x, ink = timing.median, colour(timing.name)
+            if timing.kind == "peer":  # its time, led up past the rungs
+                axes.plot([x, x], [row, -0.5], color=ink, linewidth=0.9, linestyle=(0, (1, 2.5)))
+            axes.plot([floor, x], [row, row], color=ink, linewidth=3, zorder=3, alpha=0.9)
+            _point(axes, x, row, timing.name)
+            weight = "bold" if timing.kind == "rung" else "normal"
+            value = milliseconds(x)
+            _note(axes, x, row, value, dx=9, dy=-3.5, backed=True, fontsize=10, fontweight=weight)
+            name_style = {"ha": "right", "fontsize": TEXT_SIZE}
+            _note(axes, axes.get_xlim()[0], row, _label(timing.name), dx=-8, dy=-3.5, **name_style)
+    return figure
+
+
+# --- the roofline --------------------------------------------------------------------------------
+
+ROOFS = ("matmul fp16", "matmul tf32", "matmul fp32")
+
+
+def _spread(wanted: Sequence[float], least: float) -> list[float]:
+    """Places as near to the wanted ones as keeps them `least` apart, in the same order.
+
+    Overlapping neighbours join into a block that is centred on the mean of what they wanted.
+    """
+    order = sorted(range(len(wanted)), key=lambda i: (wanted[i], i))
+    blocks: list[list[int]] = []
+
+    def start(block: list[int]) -> float:
+        centre = sum(wanted[i] for i in block) / len(block)
+        return centre - least * (len(block) - 1) / 2
+
+    for index in order:
+        blocks.append([index])
+        while len(blocks) > 1:
+            before, block = blocks[-2:]
+            if start(before) + least * len(before) <= start(block):
+                break
+            blocks[-2:] = [before + block]
+    places = [0.0] * len(wanted)
+    for block in blocks:
+        for position, index in enumerate(block):
+            places[index] = start(block) + least * position
+    return places
+
+
+def roofline(
+    record: Record,
+    counters: Mapping[str, float] | None = None,
+    source: str = records.LADDER.name,
+) -> Figure:
+    """Rungs and peers under the roofs that were measured: FLOP/byte against TFLOP/s.
+
+    Args:
+        record: with the ceilings "copy" and `ROOFS`.
+        counters: DRAM bytes of one call by method, a rung by name or number. A method that is in
+            it stands at its measured intensity, any other one, hollow, at the intensity of the
+            least bytes.
+        source: the record's file name, for the small print.
+
+    Raises:
+        KeyError: a ceiling or nn.Conv2d is not in the record, or a method has no colour.
+        ValueError: there is no rung.
+    """
+    shape = record.shape
+    bandwidth = record["copy"].gbytes / 1e3  # TB/s: TFLOP/s = TB/s * FLOP/byte
+    allowed = bandwidth * shape.intensity
+    best, peer = _best(record), record["nn.Conv2d"]
+    title = (
+        f"Memory allows {significant(allowed)} TFLOP/s here: {short_name(best.name)} reaches "
+        f"{significant(best.tflops)}, nn.Conv2d {significant(peer.tflops)}"
+    )
+    subtitle = (
+        f"{significant(shape.flops / 1e9)} GFLOP on at least {significant(shape.least_bytes / 1e9)}"
+        f" GB: {significant(shape.intensity)} FLOP/byte. Roofs as measured in the same run."
+    )
+    if counters:
+        subtitle += " Filled: by counted DRAM bytes; hollow: by the least bytes."
+    methods = record.of_kind("rung") + record.of_kind("peer")
+    points = []
+    for timing in methods:
+        counted = (counters or {}).get(timing.name) or (counters or {}).get(short_name(timing.name))
+        points.append((timing, shape.flops / (counted or shape.least_bytes), counted is not None))
+    with _style():
+        body = 330.0
+        figure, bottom, top = _page(body + 12 + 42, title, subtitle, _small_print(record, source))
+        left, width = 62.0, WIDTH - 62.0 - MARGIN
+        axes = _axes(figure, left, bottom + 42, width, body)
+        roofs = {name: record[name].tflops for name in ROOFS}
+        low_x = 10.0 ** math.floor(math.log10(min(5.0, *(x for _, x, _ in points)) * 0.999))
+        low_x = max(low_x, min(5.0, *(0.7 * x for _, x, _ in points)))
+        high_x = max(1e4, 40 * max(x for _, x, _ in points))
+        rates = [t.tflops for t in methods]
+        low_y = 10.0 ** math.floor(math.log10(0.8 * min(rates)))
+        high_y = 2.2 * max(*roofs.values(), *rates)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(low_x, high_x)
+        axes.set_ylim(low_y, high_y)
+        for which, ticks in (("x", _decades(low_x, high_x)), ("y", _decades(low_y, high_y))):
+            _ticks(axes, which, ticks, [f"{tick:g}" for tick in ticks])
+            for tick in ticks:
+                line = axes.axvline if which == "x" else axes.axhline
+                line(tick, color=FAINT, linewidth=0.7, zorder=0)
+        middle = math.sqrt(low_x * high_x)
+        axis_text = "arithmetic intensity, FLOP per byte of device memory"
+        _note(axes, middle, low_y, axis_text, dy=-29, ha="center", color=SOFT)
+        _note(axes, low_x, high_y, "TFLOP/s", dx=-7, dy=4, ha="right", color=SOFT)
+
+        _draw_roofs(axes, bandwidth, roofs)
+        contract = shape.intensity
+        guide_style = {"color": SOFT, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1}
+        axes.plot([contract, contract], [low_y, allowed], **guide_style)
+        guide = "every byte moved once"
+        _note(axes, contract, low_y, guide, dx=-5, dy=6, ha="right", color=SOFT, backed=True)
+
+        per_point = math.log10(high_y / low_y) / body
+        wanted = [math.log10(t.tflops) / per_point for t, _, _ in points]
+        for (timing, x, counted), place in zip(points, _spread(wanted, 13.0), strict=True):
+            rate, at = timing.tflops, 10 ** (place * per_point)
+            _point(axes, x, rate, timing.name, hollow=bool(counters) and not counted)
+            label_x = contract * 1.55
+            leader = {"color": SOFT, "linewidth": 0.6, "zorder": 4}
+            axes.plot([x, label_x], [rate, at], **leader)
+            text = f"{_label(timing.name)}  {significant(rate)}"
+            weight = "bold" if timing.kind == "rung" else "normal"
+            _note(axes, label_x, at, text, dx=3, dy=-3, backed=True, fontweight=weight)
+    return figure
+
+
+def _draw_roofs(axes: Axes, bandwidth: float, roofs: Mapping[str, float]) -> None:
+    """The slope of memory (TB/s) up to the highest roof, and each roof (TFLOP/s) from it on."""
+    (low_x, high_x), top = axes.get_xlim(), max(roofs.values())
+    slope = {"color": colour("copy"), "linewidth": 2, "zorder": 3, "solid_capstyle": "butt"}
+    axes.plot([low_x, top / bandwidth], [bandwidth * low_x, top], **slope)
+    x = math.sqrt(low_x * top / bandwidth)
+    text = f"device copy, {significant(bandwidth * 1e3)} GB/s"
+    _note(axes, x, bandwidth * x, text, dx=-8, dy=4, ha="right", color=colour("copy"))
+    for name, rate in roofs.items():
+        axes.plot([rate / bandwidth, high_x], [rate, rate], color=colour(name), linewidth=2)
+        text = f"{name}, {significant(rate)}"
+        _note(axes, high_x, rate, text, dy=4, ha="right", color=SOFT)
+
+
+# --- one warp's addresses ------------------------------------------------------------------------
+
+SECTOR, LINE = 32, 128  # bytes: what memory transfers, and the piece of it that a cache tag names
+_LINES_A_ROW = 8
+
+
+class Request(NamedTuple):
+    """One instruction of one warp.
+
+    Attributes:
+        label: which access it is: ``load x``.
+        offsets: byte offset of each lane from the buffer's start, None for a lane that is off.
+        bytes_per_lane: 4 for a float, 16 for a float4.
+    """
+
+    label: str
+    offsets: Sequence[int | None]
+    bytes_per_lane: int = 4
+
+    def lanes(self) -> list[tuple[int, int]]:
+        """(lane, byte offset) of the lanes that take part."""
+        return [(lane, at) for lane, at in enumerate(self.offsets) if at is not None]
+
+    def used_bytes(self) -> int:
+        """Different bytes that the lanes ask for."""
+        return len({at + byte for _, at in self.lanes() for byte in range(self.bytes_per_lane)})
+
+    def sectors(self) -> list[int]:
+        """Numbers of the 32-byte sectors touched, in order."""
+        size = self.bytes_per_lane
+        touched = set()
+        for _, at in self.lanes():
+            touched.update(range(at // SECTOR, (at + size - 1) // SECTOR + 1))
+        return sorted(touched)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0–7, 9`` for 0 to 7 and 9."""
+    parts = []
+    for _, group in itertools.groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        parts.append(f"{run[0]}" if len(run) == 1 else f"{run[0]}–{run[-1]}")
+    return ", ".join(parts)
+
+
+def _plural(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def sectors(
+    requests: Sequence[Request], method: str, source: str, title: str | None = None
+) -> Figure:
+    """Where the lanes of one warp touch memory: the bytes used of each 32-byte sector fetched.
+
+    Every 128-byte line that a request touches is a box of four sectors, with the distance of its
+    start from the first line's above it and the lanes that use it below.
+
+    Args:
+        requests: accesses to draw, one below the other; offsets of 32 lanes each.
+        method: whose colour to use, and the title's subject.
+        source: where the addresses are from, for the small print.
+        title: the finding; sectors and bytes of each request unless given.
+
+    Raises:
+        ValueError: no request, or one in which no lane takes part.
+        KeyError: the method has no colour.
+    """
+    if not requests:
+        raise ValueError("no request to draw")
+    for request in requests:
+        if not request.lanes():
+            raise ValueError(f"no lane takes part in {request.label!r}")
+    if title is None:
+        counts = [f"{r.label}: {_plural(len(r.sectors()), 'sector')}" for r in requests]
+        title = f"{short_name(method)}, one request of a warp. " + "; ".join(counts)
+    row_height, head_height = 58.0, 24.0
+    heights = []
+    for request in requests:
+        lines = len({s * SECTOR // LINE for s in request.sectors()})
+        heights.append(head_height + row_height * math.ceil(lines / _LINES_A_ROW))
+    with _style():
+        figure, bottom, top = _page(
+            sum(heights) + 34,
+            title,
+            "Boxes are the 32-byte sectors of each 128-byte line that the 32 lanes touch.",
+            [source],
+        )
+        axes = _axes(figure, 0, bottom, WIDTH, top - bottom)
+        axes.set_axis_off()
+        axes.set_xlim(0, WIDTH)
+        axes.set_ylim(0, top - bottom)
+        y = top - bottom - 4
+        for request, height in zip(requests, heights, strict=True):
+            _draw_request(axes, request, y, colour(method), head_height, row_height)
+            y -= height
+        _draw_key(axes, colour(method))
+    return figure
+
+
+_FETCHED = "#F3E3BF"
+
+
+def _box(axes: Axes, x: float, y: float, width: float, height: float, **style: object) -> None:
+    axes.add_patch(Rectangle((x, y), width, height, clip_on=False, **style))
+
+
+def _draw_request(
+    axes: Axes, request: Request, top: float, ink: str, head_height: float, row_height: float
+) -> None:
+    """One request's lines, in rows; `top` in points."""
+    fetched = request.sectors()
+    used, active = request.used_bytes(), len(request.lanes())
+    share = used / (SECTOR * len(fetched))
+    _note(axes, MARGIN, top - 12, request.label, fontsize=TEXT_SIZE, fontweight="bold")
+    facts = (
+        f"{_plural(active, 'lane')} of {len(request.offsets)}, {_plural(len(fetched), 'sector')}: "
+        f"{used} of {SECTOR * len(fetched)} bytes used, {100 * share:.3g} %"
+    )
+    _note(axes, WIDTH - MARGIN, top - 12, facts, ha="right", color=SOFT, fontsize=TEXT_SIZE)
+    lines = sorted({sector * SECTOR // LINE for sector in fetched})
+    pitch = (WIDTH - 2 * MARGIN) / _LINES_A_ROW
+    width, height = pitch - 10, 18.0
+    a_byte = width / LINE
+    for index, line in enumerate(lines):
+        row, column = divmod(index, _LINES_A_ROW)
+        x = MARGIN + column * pitch
+        y = top - head_height - row * row_height - 14 - height
+        start = line * LINE
+        distance = (line - lines[0]) * LINE
+        where = f"+{byte_count(distance)}" if distance else "first line"
+        _note(axes, x, y + height + 4, where, color=SOFT)
+        for sector in range(start // SECTOR, (start + LINE) // SECTOR):
+            face = _FETCHED if sector in fetched else "white"
+            at = x + (sector * SECTOR - start) * a_byte
+            _box(
+                axes, at, y, SECTOR * a_byte, height, facecolor=face, edgecolor=SOFT, linewidth=0.6
+            )
+        here = []
+        for lane, offset in request.lanes():
+            first, last = max(offset, start), min(offset + request.bytes_per_lane, start + LINE)
+            if first < last:
+                here.append(lane)
+                at = x + (first - start) * a_byte
+                size = (last - first) * a_byte
+                _box(axes, at, y, size, height, facecolor=ink, edgecolor="white", linewidth=0.3)
+        lanes = _ranges(here)
+        if len(lanes) > 10:
+            lanes = f"{len(here)} lanes"
+        else:
+            lanes = f"lane {lanes}" if len(here) == 1 else f"lanes {lanes}"
+        _note(axes, x, y - 11, lanes, color=INK)
+
+
+def _draw_key(axes: Axes, ink: str) -> None:
+    """What the fillings mean, at the foot."""
+    x, y = MARGIN, 12.0
+    for face, text in (
+        (ink, "bytes used"),
+        (_FETCHED, "fetched, not used"),
+        ("white", "not fetched"),
+    ):
+        _box(axes, x, y, 14, 10, facecolor=face, edgecolor=SOFT, linewidth=0.6)
+        _note(axes, x + 19, y + 1.5, text, color=SOFT)
+        x += 40 + 5.6 * len(text)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+_NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
+_DRAWN = re.compile(
+    r'(?<= )(?:d|x|y|x1|x2|y1|y2|width|height|transform|viewBox|points|style)="[^"]*"'
+)
+_NAMED = re.compile(r'\bid="([a-z])([0-9a-f]{10})"')
+
+
+def _rounded(match: re.Match[str]) -> str:
+    value = f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
+    return "0" if value == "-0" else value
+
+
+def svg(figure: Figure) -> str:
+    """A figure as SVG text: the same for the same figure on any machine with this matplotlib."""
+    buffer = io.StringIO()
+    metadata = {"Date": None, "Creator": "asymconv", "Format": None, "Type": None}
+    with _style():
+        figure.savefig(buffer, format="svg", metadata=metadata)
+    text = _DRAWN.sub(lambda attribute: _NUMBER.sub(_rounded, attribute[0]), buffer.getvalue())
+    # matplotlib names clip paths and markers after floats with all their digits
+    names = dict.fromkeys(_NAMED.findall(text))
+    for number, (kind, digits) in enumerate(names):
+        text = text.replace(f"{kind}{digits}", f"{kind}-{number}-asymconv")
+    mark = hashlib.sha256(text.encode()).hexdigest()[:8]  # so that pages can hold several figures
+    text = re.sub(r"\b([a-z]-\d+)-asymconv\b", rf"\1-{mark}", text)
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+FIGURES: Mapping[str, Callable[[], Figure]] = {
+    "ladder": lambda: ladder(records.load()),
+    "roofline": lambda: roofline(records.load()),
+}
+"""Every figure of figures/, by the stem of its file, from the records it shows."""
+
+
+def draw_all(folder: Path) -> list[Path]:
+    """Write every figure of `FIGURES` as SVG into a folder, each file whole or not at all.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        FileNotFoundError: a record is not there.
+    """
+    paths = []
+    for stem, draw in FIGURES.items():
+        path = folder / f"{stem}.svg"
+        records.write_atomically(path, svg(draw()))
+        paths.append(path)
+    return paths

@@ -1,0 +1,166 @@
+"""What notebook cells show: kernels, differences, counts and records, as Markdown.
+
+The notebooks hold text and calls; what they call for showing stands here. Everything shown is the
+same on every machine, unless its name says `here`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from IPython.display import SVG, Markdown
+from matplotlib.figure import Figure
+
+from asymconv import build, cpu, plots, record
+from asymconv.check import check, random_data
+from asymconv.kernels import Rung
+from asymconv.problem import ConvShape
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Markdown:
+    """A Markdown table; the first column is text, the others are numbers, right-aligned."""
+    lines = [list(headers), [":--"] + ["--:"] * (len(headers) - 1)]
+    lines += [[str(cell) for cell in row] for row in rows]
+    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
+
+
+def kernel(rung: Rung) -> Markdown:
+    """A rung's CUDA text, kernel and launcher, as nvcc gets it (behind the prelude)."""
+    return Markdown(f"```cpp\n{rung.source.strip()}\n```")
+
+
+def difference(before: Rung, after: Rung) -> Markdown:
+    """What a rung changes in the CUDA text of another, as a unified diff."""
+    lines = difflib.unified_diff(
+        before.source.strip().splitlines(),
+        after.source.strip().splitlines(),
+        before.name,
+        after.name,
+        lineterm="",
+        n=1,
+    )
+    return Markdown("```diff\n" + "\n".join(lines) + "\n```")
+
+
+def passed(rung: Rung, *shapes: ConvShape) -> Markdown:
+    """Check a rung's CUDA text on the CPU: float64, NaN-filled outputs, exact integers.
+
+    Fresh random data at every call. Raises AssertionError if anything is wrong.
+    """
+    rows = []
+    for shape in shapes:
+        result = check(build.load(rung, "cpu"), shape)
+        rows.append((str(shape), f"{result.elements:,}", "passed"))
+    return table(("shape", "outputs compared", rung.name), rows)
+
+
+def trace(rung: Rung, shape: ConvShape) -> list[cpu.LineCount]:
+    """Count the memory accesses of a rung's CUDA text on the CPU, line by line."""
+    return build.load(rung, "cpu-traced").trace(*random_data(shape, seed=0), shape)
+
+
+def counts(rung: Rung, lines: Sequence[cpu.LineCount]) -> Markdown:
+    """The counts of `trace` beside the source lines they belong to."""
+    text = rung.text().splitlines()
+    rows = []
+    for line in lines:
+        per_request = (
+            f"{line.sectors_per_request:.2f} sectors"
+            if line.space == "global"
+            else f"{line.wavefronts_per_request:.2f} wavefronts"
+        )
+        source = text[line.line - 1].strip().replace("|", "\\|")
+        rows.append(
+            (
+                f"`{source}`",
+                f"{line.space} {line.op}, {line.bytes_per_lane} B",
+                f"{line.requests:,}",
+                f"{line.lanes_per_request:.1f}",
+                per_request,
+            )
+        )
+    return table(("line", "access", "requests", "lanes a request", "per request"), rows)
+
+
+def made(of: record.Record) -> Markdown:
+    """Where a record was made, and with what."""
+    m = of.made
+    return Markdown(
+        f"*Measured on {m['gpu']}: {m['multiprocessors']} SMs, driver {m['driver']}, torch "
+        f"{m['torch']}, CUDA {m['cuda']}, cuDNN {m['cudnn']}, {m['date']}, revision {m['revision']}.*"
+    )
+
+
+def timings(of: record.Record, names: Sequence[str]) -> Markdown:
+    """Medians of a record's methods, with spread, rate and error."""
+    rows = []
+    for timing in (of[name] for name in names):
+        rows.append(
+            (
+                timing.name,
+                f"{timing.median:,.2f}",
+                f"{100 * timing.spread:.1f} %",
+                f"{timing.tflops:,.2f}",
+                "" if timing.error is None else f"{timing.error:.1e}",
+            )
+        )
+    headers = ("method", "median, ms", "spread", "TFLOP/s", "error against float64")
+    return table(headers, rows)
+
+
+def here() -> Markdown:
+    """Whether what follows was measured on this machine's own GPU or is the published record."""
+    if record.ladder_path() == record.LADDER:
+        return Markdown(
+            "*Shown: the published record. On a machine with a GPU, `asymconv study` measures anew.*"
+        )
+    return Markdown("*Shown: this machine's own GPU, measured in this run.*")
+
+
+def ceilings(of: record.Record) -> Markdown:
+    """What the record's GPU delivers at most: bytes and operations a second."""
+    rows = []
+    for timing in of.of_kind("ceiling"):
+        rate = (
+            f"{timing.gbytes:,.0f} GB/s" if timing.bytes else f"{timing.tflops:,.0f} TFLOP/s"
+        )
+        rows.append((timing.name, f"{timing.median:.3f}", rate))
+    return table(("ceiling", "ms", "rate"), rows)
+
+
+def bounds(of: record.Record) -> Markdown:
+    """How long the record's convolution takes at each measured ceiling, at least."""
+    rows = [("all bytes once (memory floor)", f"{of['memory floor'].median:.2f}")]
+    for name in ("fp16", "tf32", "fp32"):
+        rate = of[f"matmul {name}"].tflops
+        rows.append((f"all operations in {name}", f"{of.shape.flops / rate / 1e9:.2f}"))
+    return table(("at the measured rate of", "least ms"), rows)
+
+
+def figure(drawn: Figure) -> SVG:
+    """A figure of `asymconv.plots`, as the notebook shows it."""
+    return SVG(plots.svg(drawn))
+
+
+def warp(rung: Rung, shape: ConvShape, *accesses: str) -> SVG:
+    """Where one warp's lanes touch memory: its first request of each access, traced on the CPU.
+
+    Args:
+        rung: whose CUDA text is run.
+        shape: a small convolution.
+        accesses: "load x", "load w", "store y", ... in the order wanted.
+
+    Raises:
+        KeyError: the kernel makes no such access.
+    """
+    traced = build.load(rung, "cpu-traced")
+    traced.trace(*random_data(shape, seed=0), shape)
+    first: dict[str, plots.Request] = {}
+    for request in traced.program.requests():
+        name, _ = next(lane for lane in request.lanes if lane is not None)
+        offsets = [None if lane is None else lane[1] for lane in request.lanes]
+        label = f"{request.op} {name}"
+        first.setdefault(label, plots.Request(label, offsets, request.bytes_per_lane))
+    source = f"addresses of block 0, warp 0, traced on the CPU: {rung.name} on {shape}"
+    return figure(plots.sectors([first[a] for a in accesses], rung.number, source))

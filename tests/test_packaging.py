@@ -1,0 +1,64 @@
+"""The project's own files agree with each other, and say what the README says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import yaml
+
+from asymconv.kernels import RUNGS
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_environment_yml_has_the_same_pins() -> None:
+    """conda installs the package itself, so its pins are pyproject's; Python's must agree too."""
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    (pip,) = [d["pip"] for d in conda if isinstance(d, dict)]
+    assert pip == ["-e .[test]"]
+    python = next(d for d in conda if isinstance(d, str) and d.startswith("python"))
+    assert python.startswith("python" + PROJECT["requires-python"])
+
+
+def test_readme_lines_are_complete() -> None:
+    """Each of the two commands makes its own environment and installs what it needs."""
+    readme = (ROOT / "README.md").read_text()
+    for marker, command in (("study-line", "asymconv study"), ("test-line", "pytest")):
+        block = re.search(rf"<!-- {marker} -->\n```sh\n(.+)\n```", readme)
+        assert block, f"the README has no {marker}"
+        line = block[1]
+        assert "\n" not in line and line.startswith("python3 -m venv .venv && ")
+        assert "pip install" in line and command in line
+    assert "test-line" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_rungs_are_numbered_in_order_and_named_as_their_files() -> None:
+    folder = ROOT / "asymconv" / "kernels"
+    names = [rung.name for rung in RUNGS]
+    assert names == sorted(path.stem for path in folder.glob("k[0-9][0-9]_*.py"))
+    for rung in RUNGS:
+        assert (ROOT / "notebooks" / f"{rung.notebook}.ipynb").exists()
+
+
+def test_ruff() -> None:
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nothing_stands_at_the_top_level_but_what_should() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    allowed = {
+        *("notebooks", "asymconv", "figures", "tests", "environment.yml", "README.md"),
+        *("pyproject.toml", ".ci", ".gitignore"),
+    }
+    assert {path.split("/")[0] for path in listed} <= allowed

@@ -1,0 +1,137 @@
+"""Records: whole or not there, true to what was measured, and made from the kernels as they are."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import gpu
+
+from asymconv import measure, record
+from asymconv.check import Checked, check
+from asymconv.kernels import RUNGS
+from asymconv.measure import PEERS, Timing
+from asymconv.problem import CONTRACT, ConvShape
+
+SHAPE = ConvShape(1, 2, 4, 8, 3)
+
+
+def sample() -> record.Record:
+    timings = (
+        Timing("k01_block_per_output", "rung", "fp32", (3.0, 1.0, 2.0), 1e-7, "abc", 5, 600, 60),
+        Timing("copy", "ceiling", "", (1.0,), bytes=2_000_000),
+    )
+    return record.Record("a test", SHAPE, {"gpu": "none", "date": "today"}, timings, {"k9": "why"})
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "data" / "r.json"
+    sample().save(path)
+    assert record.load(path) == sample()
+    assert [p.name for p in path.parent.iterdir()] == ["r.json"]
+
+
+def test_look_ups_and_derived_numbers() -> None:
+    r = sample()
+    assert r["k01"] is r["k01_block_per_output"] is r.timings[0]
+    assert "k01" in r
+    assert "k02" not in r
+    assert r["k01"].median == 2.0
+    assert r["k01"].spread == 1.0
+    assert r["k01"].tflops == pytest.approx(600 / 2e-3 / 1e12)
+    assert r["copy"].gbytes == pytest.approx(2.0)
+    assert [t.name for t in r.of_kind("ceiling")] == ["copy"]
+    with pytest.raises(KeyError, match="no 'k02'"):
+        r["k02"]
+
+
+def test_a_failed_write_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.json"
+    sample().save(path)
+    before = path.read_text()
+
+    def full(*args: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        record.write_atomically(path, "half")
+    assert path.read_text() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_missing_and_foreign_records_say_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="asymconv bench --record"):
+        record.load(tmp_path / "none.json")
+    (tmp_path / "old.json").write_text(json.dumps({"format": 0}))
+    with pytest.raises(ValueError, match="format 0"):
+        record.load(tmp_path / "old.json")
+
+
+def test_another_ladder_can_be_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample().save(tmp_path / "mine.json")
+    monkeypatch.setenv(record.LADDER_VARIABLE, str(tmp_path / "mine.json"))
+    assert record.load().title == "a test"
+
+
+def test_no_timing_without_a_check_of_that_build_and_shape() -> None:
+    other = Checked(PEERS[0].key, SHAPE.with_(height=9), 0.0, 0.0, 1)
+    another = Checked("another build", SHAPE, 0.0, 0.0, 1)
+    for checks in ([], [other], [another]):
+        with pytest.raises(ValueError, match="without a passed check"):
+            measure.time_methods(PEERS[:1], checks, SHAPE)
+
+
+def test_peers_are_right() -> None:
+    """On the CPU nn.Conv2d has no TF32; both peers must pass as what they say they are."""
+    for peer in PEERS:
+        assert check(peer, ConvShape(2, 8, 12, 24, 16)).error <= 1e-6
+
+
+class TestPublished:
+    """The record in the repository."""
+
+    ladder = record.load(record.LADDER)
+
+    def test_is_whole(self) -> None:
+        assert self.ladder.shape == CONTRACT
+        assert "H100" in self.ladder.gpu
+        for key in ("driver", "torch", "cuda", "cudnn", "nvcc", "python", "revision", "date"):
+            assert self.ladder.made[key], key
+        assert self.ladder.made["revision"] != "unknown"
+        names = [t.name for t in self.ladder.timings]
+        assert len(names) == len(set(names))
+        for peer in PEERS:
+            assert peer.name in self.ladder
+        for timing in self.ladder.timings:
+            assert len(timing.milliseconds) >= 3
+            assert min(timing.milliseconds) > 0
+
+    def test_has_every_rung_as_it_is_now(self) -> None:
+        """A kernel that changed since (comments apart) must be measured again."""
+        for rung in RUNGS:
+            assert self.ladder[rung.name].source_hash == rung.source_hash, (
+                f"{rung.name} changed since it was recorded: `asymconv bench --record` on a GPU"
+            )
+
+    def test_errors_are_of_their_class(self) -> None:
+        for timing in self.ladder.of_kind("rung") + self.ladder.of_kind("peer"):
+            assert 0 < timing.error <= {"fp32": 1e-6, "tf32": 4e-4}[timing.precision]
+
+    def test_nothing_is_faster_than_its_bytes(self) -> None:
+        """A time below the least bytes over twice the copy's rate would be a wrong time."""
+        limit = 2 * self.ladder["copy"].gbytes
+        for timing in self.ladder.of_kind("rung") + self.ladder.of_kind("peer"):
+            assert timing.gbytes <= limit
+
+
+@gpu
+def test_timing_on_this_gpu(tmp_path: Path) -> None:
+    timings, left_out = measure.check_and_time(SHAPE)
+    assert [t.name for t in timings if t.kind == "rung"] + sorted(left_out) != []
+    assert {t.name for t in timings if t.kind == "peer"} == {p.name for p in PEERS}
+    made = record.make("a test", SHAPE, timings, left_out)
+    made.save(tmp_path / "r.json")
+    assert record.load(tmp_path / "r.json") == made
