@@ -179,14 +179,15 @@ def _built_folder(final: Path) -> Iterator[Path | None]:
         if final.exists():  # another process was first
             yield None
             return
-        for leftover in final.parent.glob(final.name + ".tmp-*"):  # of a build that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=final.name + ".tmp-", dir=final.parent))
         try:
             yield work
             os.rename(work, final)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            # This build's, if it failed, and those of killed ones: under the lock all others are.
+            # At the end, since a killed build's compiler may still have been writing.
+            for leftover in final.parent.glob(final.name + ".tmp-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _run(command: Sequence[str], cwd: Path) -> str:
