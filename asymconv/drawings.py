@@ -6,7 +6,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, Rectangle
 
-from asymconv.plots import INK, SMALL_SIZE, SOFT, TEXT_SIZE, WIDTH, axes_at, page, style
+from asymconv.plots import INK, SMALL_SIZE, SOFT, TEXT_SIZE, WIDTH
+from asymconv.plots import _axes as axes_at
+from asymconv.plots import _page as page
+from asymconv.plots import _style as style
 from asymconv.problem import ConvShape
 
 INPUT, OUTPUT, WINDOW = "#BFD7EA", "#F6D8AE", "#D1495B"
@@ -44,18 +47,18 @@ def layer(shape: ConvShape) -> Figure:
         _stack(axes, x_in, base, scale * w, scale * h, INPUT)
         _stack(axes, x_out, base, scale * ow, scale * oh, OUTPUT)
 
-        side = 24.0
+        window = 24.0
         corner = (x_in + 0.45 * scale * w, base + 0.4 * scale * h)
         for depth in (2, 1, 0):
             at = (corner[0] + 7 * depth, corner[1] + 7 * depth)
             axes.add_patch(
-                Rectangle(at, side, side, facecolor="none", edgecolor=WINDOW, linewidth=1.4)
+                Rectangle(at, window, window, facecolor="none", edgecolor=WINDOW, linewidth=1.4)
             )
         pixel = (x_out + 0.45 * scale * ow, base + 0.45 * scale * oh)
         axes.add_patch(Rectangle(pixel, 7, 7, facecolor=WINDOW, edgecolor=INK, linewidth=0.7))
         axes.add_patch(
             ConnectionPatch(
-                (corner[0] + side + 14, corner[1] + side / 2 + 7),
+                (corner[0] + window + 14, corner[1] + window / 2 + 7),
                 (pixel[0] - 2, pixel[1] + 3.5),
                 "data",
                 arrowstyle="->",
@@ -67,14 +70,15 @@ def layer(shape: ConvShape) -> Figure:
         def write(x: float, y: float, text: str, size: float = TEXT_SIZE, **more: object) -> None:
             axes.text(x, y, text, fontsize=size, va="baseline", **more)
 
-        for x, rows, columns, channels, what in (
-            (x_in, h, w, c, "input"),
-            (x_out, oh, ow, k, "output"),
+        for x, rows, columns, channels, what, side in (
+            (x_in, h, w, c, "input", -1),
+            (x_out, oh, ow, k, "output", 1),
         ):
             middle = x + scale * columns / 2
             write(middle, base - 16, f"{columns} columns", ha="center")
             write(middle, base - 32, f"{what}: {channels} channels", ha="center", color=SOFT)
-            write(x - 6, base + scale * rows / 2, f"{rows}\nrows", ha="right", size=SMALL_SIZE)
+            at, align = (x - 6, "right") if side < 0 else (x + scale * columns + 20, "left")
+            write(at, base + scale * rows / 2, f"{rows}\nrows", ha=align, size=SMALL_SIZE)
         write(
             (x_in + scale * w + x_out) / 2,
             base + scale * h + 26,

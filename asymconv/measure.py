@@ -21,6 +21,7 @@ from asymconv.check import Checked, Method, check, random_data
 from asymconv.kernels import RUNGS, Precision, Rung
 from asymconv.problem import ConvShape
 
+WARM_MS = 50.0  # of a method, before each of its turns
 L2_MULTIPLE = 4  # inputs beyond this many L2 caches leave nothing of themselves behind
 
 
@@ -176,19 +177,16 @@ def _peak_bytes(run: Callable[[], object]) -> int:
 
 def _take_turns(runners: Sequence[_Runner], flush: torch.Tensor | None, rounds: int = 3) -> None:
     """Warm up, then time every runner in each round."""
-    counts = []
+    first = []
     for runner in runners:
         runner.peak = _peak_bytes(runner.run)  # the first call builds plans and loads modules
-        first = time_once(runner.run)
-        counts.append(repeats_for(first))
-        if first < 100:
-            for _ in range(3):
-                runner.run()
+        first.append(time_once(runner.run))
     for turn in range(rounds):
-        for runner, count in zip(runners, counts, strict=True):
+        for runner, once in zip(runners, first, strict=True):
+            count = repeats_for(once)
+            for _ in range(min(50, int(WARM_MS / once))):  # clocks settle to this method's load
+                runner.run()
             share = count // rounds + (turn < count % rounds)
-            if share > 1:
-                runner.run()  # after another method's turn, warm again
             runner.times += [time_once(runner.run, flush) for _ in range(share)]
 
 
@@ -270,7 +268,7 @@ FLOOR = Rung(
     notebook="00_problem",
     source=_FLOOR_SOURCE,
     refuses=lambda shape: None,
-    defines={"BLOCKS_PER_SM": 8},
+    defines={"BLOCKS_PER_SM": 64},
 )
 """Not a rung: what device memory alone takes for a convolution's bytes."""
 
@@ -298,7 +296,7 @@ extern "C" int asymconv_launch(const float* x, const float* w, const float* bias
 }
 """
 
-L2_TURNS = 64
+L2_TURNS = 512
 L2_SHAPE = ConvShape(1, 1, 1024, 4096, 1, kernel=1)  # 16 MiB, a third of an H100's L2
 L2_READ = Rung(
     name="l2_read",

@@ -257,8 +257,10 @@ struct LaunchConfig {
 void launch(const LaunchConfig& config, void (*body)(const void*), const void* arguments);
 
 // `k<3><<<grid, block, smem, stream>>>(a, b)` is translated to
-// `emu::kernel(k<3>, "k<3>").at(grid, block, smem, stream)(a, b)`: the pieces keep their order, and
-// with it their lines. As in CUDA, arguments are converted to the parameters' types once.
+// `EMU_KERNEL(k<3>).at(grid, block, smem, stream)(a, b)`: the pieces keep their order, and with it
+// their lines. As in CUDA, arguments are converted to the parameters' types once.
+#define EMU_KERNEL(...) emu::kernel(__VA_ARGS__, #__VA_ARGS__)
+
 template <class... P>
 class Launch {
  public:

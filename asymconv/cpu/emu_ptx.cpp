@@ -41,7 +41,8 @@ float tf32_of(std::uint32_t bits) {
   return bit_cast<float>(bits & 0xffffe000u);
 }
 
-// The lane's four elements of D: rows g and g + 8, columns 2q and 2q + 1 (g = lane / 4, q = lane % 4).
+// The lane's four elements of D: with g = lane / 4 and q = lane % 4, rows g and g + 8, columns 2q
+// and 2q + 1.
 template <class ElementA, class ElementB>
 void multiply(float (&d)[4], const float (&c)[4], int depth, ElementA a, ElementB b) {
   const int g = lane() / 4, q = lane() % 4;

@@ -750,7 +750,8 @@ void emu_begin(int order_seed) {
   dl_iterate_phdr(find_segments, nullptr);
   call.failed = false;
   call.error[0] = 0;
-  call.random = order_seed ? static_cast<unsigned long long>(order_seed) * 0x9e3779b97f4a7c15ull : 0;
+  constexpr unsigned long long kSpread = 0x9e3779b97f4a7c15ull;  // odd: only a seed of 0 gives 0
+  call.random = static_cast<unsigned long long>(order_seed) * kSpread;
   call.thread = pthread_self();
   last_error = cudaSuccess;
   catch_faults();

@@ -38,7 +38,7 @@ struct Copy {
   const void* pc;  // of the call, for the tracer
 };
 
-struct alignas(64) Thread {  // what the scheduler needs comes first: one cache line
+struct Thread {
   int number;  // in the block, x fastest
   uint3 index;
   Fiber* fiber = nullptr;  // where it stands while it waits

@@ -258,7 +258,8 @@ std::size_t in_library(const void* pc) {
   std::uintptr_t least = ~std::uintptr_t{0};
   for (const Buffer& b : buffers) {
     const std::uintptr_t distance = address < b.begin ? b.begin - address : address - b.begin;
-    const std::uintptr_t beyond = address < b.begin ? distance : distance - std::min(distance, b.size);
+    const std::uintptr_t beyond =
+        address < b.begin ? distance : distance - std::min(distance, b.size);
     if (beyond < least) {
       least = beyond;
       nearest = &b;
@@ -398,10 +399,10 @@ void check_cell(std::size_t index, Op op, const Thread& thread, int site) {
 void check_race(const void* p, int bytes, Op op, const Thread& thread, int site) {
   const Range dynamic{dynamic_shared(), kMaxDynamicShared};
   const auto* address = static_cast<const unsigned char*>(p);
-  const auto offset = dynamic.contains(p)
-                          ? static_cast<std::size_t>(address - dynamic.begin)
-                          : kMaxDynamicShared + static_cast<std::size_t>(address - static_shared.begin);
-  for (int i = 0; i < bytes; ++i) check_cell(offset + static_cast<std::size_t>(i), op, thread, site);
+  const bool in_dynamic = dynamic.contains(p);
+  const auto* begin = in_dynamic ? dynamic.begin : static_shared.begin;
+  std::size_t cell = (in_dynamic ? 0 : kMaxDynamicShared) + static_cast<std::size_t>(address - begin);
+  for (int i = 0; i < bytes; ++i) check_cell(cell++, op, thread, site);
 }
 
 // -------------------------------------------------------------------------------------- accesses

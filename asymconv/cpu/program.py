@@ -64,11 +64,11 @@ class LineCount:
         op: "load", "store" or "atomic".
         bytes_per_lane: the width of the access, 1 to 16.
         requests: how many were issued.
-        lanes: threads that took part, over all requests; 32 a request at best.
         sectors: 32-byte pieces of global memory that requests touched; 0 for shared memory.
         wavefronts: rounds in which shared memory served them; 0 for global memory.
         ideal_wavefronts: the same without bank conflicts: one for every whole, half or quarter
             warp (accesses of up to 4, of 8, of 16 bytes).
+        lanes: threads that took part, over all requests; 32 a request at best.
     """
 
     line: int
@@ -76,10 +76,10 @@ class LineCount:
     op: Op
     bytes_per_lane: int
     requests: int
-    lanes: int
     sectors: int
     wavefronts: int
     ideal_wavefronts: int
+    lanes: int
 
     @property
     def lanes_per_request(self) -> float:
@@ -130,7 +130,7 @@ class Request:
 
 
 class _Site(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("pc", ctypes.c_uint64),
         ("wrapped", ctypes.c_int32),
         ("shared", ctypes.c_int32),
@@ -146,7 +146,7 @@ class _Site(ctypes.Structure):
 
 
 class _Request(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("block", ctypes.c_uint32 * 3),
         ("lanes", ctypes.c_uint32),
         ("warp", ctypes.c_int32),
@@ -238,8 +238,8 @@ class Program:
         self._find_lines((s.pc, bool(s.wrapped)) for s in self._sites)
         sums: dict[tuple[int, Space, Op, int], list[int]] = {}
         for site in self._sites:
-            values = (site.requests, site.lanes, site.sectors)
-            values += (site.wavefronts, site.ideal_wavefronts)
+            values = (site.requests, site.sectors, site.wavefronts)
+            values += (site.ideal_wavefronts, site.lanes)
             total = sums.setdefault(self._key(site), [0] * len(values))
             total[:] = [a + b for a, b in zip(total, values, strict=True)]
         return [LineCount(*key, *total) for key, total in sorted(sums.items()) if total[0]]
@@ -332,8 +332,8 @@ def _source_line(frames: Sequence[str], wrapped: bool) -> int:
 
     Args:
         frames: "file:line" of the code address, then of what it was inlined into, and so on.
-        wrapped: the access was made by a twin of a PTX instruction: the text's innermost function is
-            the wrapper, and the line is its caller's.
+        wrapped: the access was made by a twin of a PTX instruction: the text's innermost function
+            is the wrapper, and the line is its caller's.
     """
     lines = []
     for frame in frames:

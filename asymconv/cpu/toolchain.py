@@ -11,6 +11,7 @@ Why these flags:
   and 12 hoist, join and drop different ones, flag by flag. Local variables and arrays whose address
   is not passed on are not instrumented, so they cost no calls.
 - Both: ``-fno-gnu-unique``, else two libraries would share the static variables of templates;
+  ``-fstack-clash-protection``, so that a frame larger than a fiber's stack meets its guard page;
   ``-g1`` or ``-g`` for the lines.
 """
 
@@ -38,6 +39,7 @@ _COMMON = (
     "-fno-gnu-unique",
     "-fno-threadsafe-statics",
     "-fno-exceptions",
+    "-fstack-clash-protection",
     "-ffp-contract=off",
 )
 _PLAIN = ("-O3", "-g1", "-fno-semantic-interposition")
@@ -114,7 +116,7 @@ def _has_x86_64_v3() -> bool:
     except OSError:
         return False
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return _X86_64_V3 <= set(flags.split())
+    return set(flags.split()) >= _X86_64_V3
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """The three things in a CUDA text that g++ cannot parse, rewritten in place.
 
 - ``kernel<3><<<grid, block>>>(a, b)`` becomes
-  ``emu::kernel(kernel<3>, "kernel<3>").at(grid, block)(a, b)``;
+  ``EMU_KERNEL(kernel<3>).at(grid, block)(a, b)``;
 - ``extern __shared__ float tile[];`` becomes a pointer to the emulator's shared memory;
 - CUDA's own headers, and <assert.h>, whose parts emu.h plays, are left out.
 
@@ -92,10 +92,8 @@ def _launch_edits(source: str, code: str, filename: str) -> list[Edit]:
         config_end = _config_end(code, launch.end())
         if name_start is None or config_end is None:
             raise TranslationError(f"{filename}:{line}: cannot read this kernel launch")
-        name = " ".join(source[name_start : launch.start()].split())
-        quoted = name.replace("\\", "\\\\").replace('"', '\\"')
-        edits.append((name_start, name_start, "emu::kernel("))
-        edits.append((launch.start(), launch.end(), f', "{quoted}").at('))
+        edits.append((name_start, name_start, "EMU_KERNEL("))
+        edits.append((launch.start(), launch.end(), ").at("))
         edits.append((config_end, config_end + len(">>>"), ")"))
     return edits
 

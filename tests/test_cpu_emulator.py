@@ -1,0 +1,1047 @@
+"""The CPU emulator: what it computes, what it counts, and what it refuses.
+
+The counts are worked out by hand from the addresses; a warp has 32 lanes, a sector 32 bytes, shared
+memory 32 banks of 4 bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from asymconv import cpu
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build with")
+
+# A kernel takes x and y; LAUNCH gives it a launcher of its own. `// @name` marks lines.
+PRELUDE = r"""
+#include <cuda_runtime.h>
+#include <cuda_fp16.h>
+#include <cassert>
+
+#define LAUNCH(kernel, grid, block, smem)                        \
+  extern "C" int run_##kernel(const float* x, float* y) {        \
+    kernel<<<grid, block, smem>>>(x, y);                         \
+    return (int)cudaGetLastError();                              \
+  }
+"""
+
+COUNTED = (
+    PRELUDE
+    + r"""
+__global__ void coalesced(const float* x, float* y) {
+  y[threadIdx.x] = x[threadIdx.x];  // @coalesced
+}
+LAUNCH(coalesced, 1, 32, 0)
+
+__global__ void strided(const float* x, float* y) {
+  y[threadIdx.x] = x[threadIdx.x * 32];  // @strided
+}
+LAUNCH(strided, 1, 32, 0)
+
+__global__ void vector4(const float* x, float* y) {
+  ((float4*)y)[threadIdx.x] = reinterpret_cast<const float4*>(x)[threadIdx.x];  // @vector4
+}
+LAUNCH(vector4, 1, 32, 0)
+
+__global__ void vector2(const float* x, float* y) {
+  const float2 v = __ldg(reinterpret_cast<const float2*>(x) + threadIdx.x);  // @vector2
+  y[threadIdx.x] = v.x + v.y;
+}
+LAUNCH(vector2, 1, 32, 0)
+
+__global__ void offset(const float* x, float* y) {
+  y[threadIdx.x] = x[threadIdx.x + 1];  // @offset
+}
+LAUNCH(offset, 1, 32, 0)
+
+__global__ void broadcast(const float* x, float* y) {
+  y[threadIdx.x] = min(x[blockIdx.x], 1.0f);  // @broadcast
+}
+LAUNCH(broadcast, 3, 32, 0)
+
+// 40 threads: the second warp has 8 lanes
+__global__ void ragged(const float* x, float* y) {
+  y[threadIdx.x] = x[threadIdx.x];  // @ragged
+}
+LAUNCH(ragged, 1, 40, 0)
+
+__global__ void predicated(const float* x, float* y) {
+  float sum = 0.0f;
+  for (int i = 0; i < 5; ++i) {
+    if (threadIdx.x < 16) sum += x[i * 32 + threadIdx.x];  // @predicated
+  }
+  y[threadIdx.x] = sum;
+}
+LAUNCH(predicated, 1, 32, 0)
+
+// the invariant load stands in the loop, and is executed there; += is a load and a store
+__global__ void as_written(const float* x, float* y) {
+  for (int i = 0; i < 4; ++i) {
+    y[threadIdx.x] += x[0] * x[0];  // @as_written
+  }
+}
+LAUNCH(as_written, 1, 32, 0)
+
+__global__ void three_floats(const float* x, float* y) {
+  const float3 v = reinterpret_cast<const float3*>(x)[threadIdx.x];  // @three_floats
+  y[threadIdx.x] = v.x + v.y + v.z;
+}
+LAUNCH(three_floats, 1, 32, 0)
+
+template <int Pitch>
+__device__ void transpose(const float* x, float* y) {
+  __shared__ float tile[32][Pitch];
+  for (int r = 0; r < 32; ++r) tile[r][threadIdx.x] = x[r * 32 + threadIdx.x];  // @rows
+  __syncthreads();
+  for (int c = 0; c < 32; ++c) y[c * 32 + threadIdx.x] = tile[threadIdx.x][c];  // @columns
+}
+__global__ void column32(const float* x, float* y) { transpose<32>(x, y); }
+__global__ void column33(const float* x, float* y) { transpose<33>(x, y); }
+LAUNCH(column32, 1, 32, 0)
+LAUNCH(column33, 1, 32, 0)
+
+__global__ void shared4(const float* x, float* y) {
+  extern __shared__ __align__(16) float4 room[];
+  const int lane = threadIdx.x;
+  room[lane] = make_float4(x[lane], 0.0f, 1.0f, 2.0f);  // @shared4_contiguous
+  room[32 + lane * 2] = room[lane];                     // @shared4_stride2
+  room[lane * 8] = make_float4(x[lane], 0, 0, 0);       // @shared4_stride8
+  y[lane] = room[0].x;                                  // @shared4_broadcast
+}
+LAUNCH(shared4, 1, 32, 256 * sizeof(float4))
+
+__global__ void shared2(const float* x, float* y) {
+  extern __shared__ float2 pairs[];
+  const int lane = threadIdx.x;
+  pairs[lane] = make_float2(x[lane], x[lane]);  // @shared2_contiguous
+  pairs[lane * 2] = make_float2(0.0f, 0.0f);    // @shared2_stride2
+  y[lane] = pairs[0].y;
+}
+LAUNCH(shared2, 1, 32, 64 * sizeof(float2))
+
+__global__ void halves(const float* x, float* y) {
+  __shared__ __half row[64];
+  row[threadIdx.x] = __float2half_rn(x[threadIdx.x]);  // @half_store
+  __syncthreads();
+  y[threadIdx.x] = __half2float(row[threadIdx.x ^ 1]);
+}
+LAUNCH(halves, 1, 64, 0)
+
+__constant__ float scale[4] = {1.0f, 2.0f, 3.0f, 4.0f};
+__device__ __forceinline__ float helped(const float* p) {
+  return *p * scale[threadIdx.x & 3];  // @helped
+}
+__global__ void forceinline_helper(const float* x, float* y) {
+  y[threadIdx.x] = helped(x + threadIdx.x);
+}
+LAUNCH(forceinline_helper, 1, 32, 0)
+
+__global__ void atomics(const float* x, float* y) {
+  atomicAdd(y + threadIdx.x % 8, x[0]);  // @atomics
+}
+LAUNCH(atomics, 1, 32, 0)
+
+__device__ __forceinline__ void cp_async16(void* shared, const void* global, int bytes) {
+#ifdef __CUDACC__
+#error "PTX for nvcc"
+#else
+  emu::cp_async<16>(shared, global, bytes);
+#endif
+}
+__global__ void copies(const float* x, float* y) {
+  __shared__ float4 row[32];
+  const int lane = threadIdx.x;
+  cp_async16(row + lane, x + 4 * lane, lane < 30 ? 16 : lane == 30 ? 8 : 0);  // @cp_async
+  emu::cp_async_commit();
+  emu::cp_async_wait<0>();
+  reinterpret_cast<float4*>(y)[lane] = row[lane];
+}
+LAUNCH(copies, 1, 32, 0)
+
+__global__ void matrices(const float* x, float* y) {
+  __shared__ __align__(16) __half tile[16][16];
+  for (int i = threadIdx.x; i < 256; i += 32) tile[i / 16][i % 16] = __half((float)i);
+  __syncthreads();
+  uint32_t all[4], turned[4], two[2];
+  const int lane = threadIdx.x;
+  const void* row = &tile[lane % 16][lane / 16 * 8];
+  emu::ldmatrix(all, row);  // @ldmatrix4
+  emu::ldmatrix<true>(turned, row);
+  emu::ldmatrix(two, row);  // @ldmatrix2
+  for (int m = 0; m < 4; ++m) {
+    reinterpret_cast<uint32_t*>(y)[m * 32 + lane] = all[m];
+    reinterpret_cast<uint32_t*>(y)[(4 + m) * 32 + lane] = turned[m];
+  }
+  for (int m = 0; m < 2; ++m) reinterpret_cast<uint32_t*>(y)[(8 + m) * 32 + lane] = two[m];
+}
+LAUNCH(matrices, 1, 32, 0)
+
+// a loop long enough that lanes must be let catch up; one lane alone goes on for as long again
+__global__ void long_loop(const float* x, float* y) {
+  float sum = 0.0f;
+  for (int i = 0; i < 3000; ++i) sum += x[threadIdx.x];  // @long_loop
+  if (threadIdx.x == 7) {
+    for (int i = 0; i < 3000; ++i) sum += x[0];  // @long_lane
+  }
+  y[threadIdx.x] = sum;
+}
+LAUNCH(long_loop, 1, 32, 0)
+"""
+)
+
+CHECKED = (
+    PRELUDE
+    + r"""
+__global__ void fresh_shared(const float* x, float* y) {
+  __shared__ float fixed[32];
+  extern __shared__ float sized[];
+  y[blockIdx.x * 64 + threadIdx.x] = fixed[threadIdx.x];
+  y[blockIdx.x * 64 + 32 + threadIdx.x] = sized[threadIdx.x];
+  __syncthreads();
+  fixed[threadIdx.x] = sized[threadIdx.x] = 1.0f;
+}
+LAUNCH(fresh_shared, 2, 32, 128)
+
+// Sums 256 values in shared memory; SYNC is what stands between the steps.
+#define SUM(name, SYNC)                                                     \
+  __global__ void name(const float* x, float* y) {                          \
+    __shared__ float part[256];                                             \
+    const int t = threadIdx.x;                                              \
+    part[t] = x[t];                                                         \
+    for (int step = 128; step; step >>= 1) {                                \
+      SYNC;                                                                 \
+      if (t < step) part[t] += part[t + step];                              \
+    }                                                                       \
+    if (t == 0) y[0] = part[0];                                             \
+  }                                                                         \
+  LAUNCH(name, 1, 256, 0)
+SUM(sum_with_barriers, __syncthreads())
+SUM(sum_without_barriers, (void)0)
+
+__global__ void sum_in_warp(const float* x, float* y) {
+  __shared__ float part[32];
+  const int t = threadIdx.x;
+  part[t] = x[t];
+  for (int step = 16; step; step >>= 1) {
+    __syncwarp();
+    const float other = part[(t + step) % 32];
+    __syncwarp();
+    if (t < step) part[t] += other;
+  }
+  if (t == 0) y[0] = part[0];
+}
+LAUNCH(sum_in_warp, 1, 32, 0)
+
+__global__ void two_warps_syncwarp(const float* x, float* y) {
+  __shared__ float part[64];
+  part[threadIdx.x] = x[threadIdx.x];        // @stored
+  __syncwarp();
+  y[threadIdx.x] = part[threadIdx.x ^ 32];   // @loaded
+}
+LAUNCH(two_warps_syncwarp, 1, 64, 0)
+
+// lanes 0 to 15 synchronize among themselves, then read what lane 20 wrote
+__global__ void half_warp_sync(const float* x, float* y) {
+  __shared__ float part[32];
+  part[threadIdx.x] = x[threadIdx.x];
+  if (threadIdx.x < 16) {
+    __syncwarp(0x0000ffffu);
+    y[threadIdx.x] = part[threadIdx.x == 3 ? 20 : threadIdx.x ^ 1];
+  } else {
+    __syncwarp(0xffff0000u);
+  }
+}
+LAUNCH(half_warp_sync, 1, 32, 0)
+
+__global__ void shared_atomics(const float* x, float* y) {
+  __shared__ int count;
+  if (threadIdx.x == 0) count = 0;
+  __syncthreads();
+  atomicAdd(&count, 1);
+  __syncthreads();
+  y[threadIdx.x] = (float)count;
+}
+LAUNCH(shared_atomics, 1, 64, 0)
+
+__global__ void exit_before_barrier(const float* x, float* y) {
+  if (blockIdx.x == 1 && threadIdx.x >= 40) return;
+  __syncthreads();  // @missed
+  y[threadIdx.x] = x[threadIdx.x];
+}
+LAUNCH(exit_before_barrier, 2, 64, 0)
+
+__global__ void two_barriers(const float* x, float* y) {
+  if (threadIdx.x < 32) {
+    __syncthreads();  // @first
+  } else {
+    __syncthreads();  // @second
+  }
+  y[threadIdx.x] = x[threadIdx.x];
+}
+LAUNCH(two_barriers, 1, 64, 0)
+
+__global__ void barrier_and_shuffle(const float* x, float* y) {
+  float v = x[threadIdx.x];
+  if (threadIdx.x == 5) {
+    __syncthreads();
+  } else {
+    v = __shfl_xor_sync(0xffffffffu, v, 1);
+  }
+  y[threadIdx.x] = v;
+}
+LAUNCH(barrier_and_shuffle, 1, 32, 0)
+
+__global__ void not_in_mask(const float* x, float* y) {
+  y[threadIdx.x] = __shfl_sync(0x0000ffffu, x[threadIdx.x], 0);
+}
+LAUNCH(not_in_mask, 1, 32, 0)
+
+__global__ void past_the_end(const float* x, float* y) {
+  const int i = blockIdx.x * 32 + threadIdx.x;
+  y[0] = x[i + 1];  // @past
+}
+LAUNCH(past_the_end, 2, 32, 0)
+
+__global__ void past_shared(const float* x, float* y) {
+  extern __shared__ float room[];
+  room[threadIdx.x + 1] = x[threadIdx.x];  // @past_shared
+}
+LAUNCH(past_shared, 1, 32, 128)
+
+__global__ void misaligned(const float* x, float* y) {
+  const char* odd = (const char*)x + 2;
+  y[threadIdx.x] = *(const float*)odd;  // @misaligned
+}
+LAUNCH(misaligned, 1, 32, 0)
+
+__global__ void wild(const float* x, float* y) {
+  y[0] = *(const volatile float*)(size_t)(64 + threadIdx.x);
+}
+LAUNCH(wild, 1, 32, 0)
+
+__device__ __noinline__ float deep(const float* x, int depth) {
+  volatile float room[256];
+  room[depth % 256] = x[0];
+  return depth == 0 ? room[0] : deep(x, depth - 1) + room[depth % 256];
+}
+__global__ void stack_overflow(const float* x, float* y) { y[0] = deep(x, 1 << 20); }
+LAUNCH(stack_overflow, 1, 32, 0)
+
+__global__ void frame_too_large(const float* x, float* y) {
+  volatile float room[1 << 20];
+  room[threadIdx.x] = x[0];
+  y[threadIdx.x] = room[threadIdx.x];
+}
+LAUNCH(frame_too_large, 1, 32, 0)
+
+__global__ void asserting(const float* x, float* y) {
+  assert(x[threadIdx.x] < 0.0f);  // @assert
+}
+LAUNCH(asserting, 1, 32, 0)
+
+__global__ void large_locals(const float* x, float* y) {
+  float room[24 * 1024];
+  for (int i = 0; i < 24 * 1024; ++i) room[i] = x[(threadIdx.x + i) % 32];
+  __syncthreads();
+  y[threadIdx.x] = room[threadIdx.x * 100];
+}
+LAUNCH(large_locals, 1, 64, 0)
+
+__global__ void identity(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x]; }
+LAUNCH(identity, 1, 32, 0)
+// what CUDA answers to a launch of g blocks of b threads with smem bytes, after asking for limit
+extern "C" int run_limits(const float* x, float* y, const int* g, const int* b, int smem,
+                          int limit) {
+  if (limit) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(identity, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+    if (error != cudaSuccess) return (int)cudaGetLastError();
+  }
+  identity<<<dim3(g[0], g[1], g[2]), dim3(b[0], b[1], b[2]), smem>>>(x, y);
+  const int error = (int)cudaGetLastError();
+  return cudaGetLastError() == cudaSuccess ? error : -1;
+}
+
+__global__ void late_copy(const float* x, float* y) {
+  __shared__ float a[32], b[32], c[32];
+  const int t = threadIdx.x;
+  emu::cp_async<4>(a + t, x + t);
+  emu::cp_async_commit();
+  emu::cp_async<4>(b + t, x + t, t < 30 ? 4 : 0);
+  emu::cp_async_commit();
+  emu::cp_async<4>(c + t, x + t);
+  y[t] = a[t];
+  emu::cp_async_wait<1>();
+  y[32 + t] = a[t];
+  y[64 + t] = b[t];
+  emu::cp_async_wait<0>();
+  y[96 + t] = b[t];
+  y[128 + t] = c[t];  // never committed
+  emu::cp_async_wait_all();
+  y[160 + t] = c[t];
+}
+LAUNCH(late_copy, 1, 32, 0)
+
+// Reads its neighbour's copy after its own wait, with or without the barrier that makes it visible.
+template <bool Barrier>
+__global__ void copied_by_neighbour(const float* x, float* y) {
+  __shared__ float row[64];
+  emu::cp_async<4>(row + threadIdx.x, x + threadIdx.x);
+  emu::cp_async_wait_all();
+  if (Barrier) __syncthreads();
+  y[threadIdx.x] = row[threadIdx.x ^ 33];
+}
+extern "C" int run_neighbour(const float* x, float* y, int barrier) {
+  if (barrier) {
+    copied_by_neighbour<true><<<1, 64>>>(x, y);
+  } else {
+    copied_by_neighbour<false><<<1, 64>>>(x, y);
+  }
+  return (int)cudaGetLastError();
+}
+
+// The copy may still be on its way at the first barrier, where other threads read its target.
+__global__ void read_while_copied(const float* x, float* y) {
+  __shared__ float row[64];
+  row[threadIdx.x] = 0.0f;
+  __syncthreads();
+  emu::cp_async<4>(row + threadIdx.x, x + threadIdx.x);
+  __syncthreads();
+  y[threadIdx.x] = row[threadIdx.x ^ 1];
+  __syncthreads();
+  emu::cp_async_wait_all();
+}
+LAUNCH(read_while_copied, 1, 64, 0)
+
+__global__ void exchanges(const float* x, float* y) {
+  const unsigned all = 0xffffffffu;
+  const int t = threadIdx.x;
+  const float v = x[t];
+  y[t] = __shfl_sync(all, v, t + 3);
+  y[32 + t] = __shfl_xor_sync(all, v, 5);
+  y[64 + t] = __shfl_up_sync(all, v, 2, 8);
+  y[96 + t] = __shfl_down_sync(all, v, 2, 8);
+  y[128 + t] = (float)__ballot_sync(all, t % 4 == 0);
+  y[160 + t] = (float)(__any_sync(all, t == 9) * 2 + __all_sync(all, t < 31));
+  y[192 + t] = (float)__syncthreads_count(t < 10);
+  y[224 + t] = (float)(__syncthreads_or(t == 3) * 2 + __syncthreads_and(t < 32));
+}
+LAUNCH(exchanges, 1, 32, 0)
+
+// lanes 24 to 31 exit; the others name them in the mask all the same
+__global__ void exited_lanes(const float* x, float* y) {
+  if (threadIdx.x >= 24) return;
+  y[threadIdx.x] = __shfl_down_sync(0xffffffffu, x[threadIdx.x], 1);
+}
+LAUNCH(exited_lanes, 1, 32, 0)
+
+extern "C" int run_halves(const unsigned short* bits, float* floats, int n, int to_half) {
+  for (int i = 0; i < n; ++i) {
+    if (to_half) {
+      const_cast<unsigned short*>(bits)[i] = __half_as_ushort(__float2half_rn(floats[i]));
+    } else {
+      floats[i] = __half2float(__ushort_as_half(bits[i]));
+    }
+  }
+  return 0;
+}
+
+// x: A (16 x 16), B (16 x 8), C (16 x 8), row by row. y: A * B + C with halves, and with tf32 in
+// two steps of 8.
+__global__ void multiply(const float* x, float* y) {
+  const float *A = x, *B = x + 256, *C = x + 384;
+  const int g = threadIdx.x / 4, q = threadIdx.x % 4;
+  float c[4], d[4];
+  for (int i = 0; i < 4; ++i) c[i] = C[(g + i / 2 * 8) * 8 + 2 * q + i % 2];
+
+  const auto pair = [](float low, float high) {
+    const __half2 h = __floats2half2_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &h, 4);
+    return bits;
+  };
+  uint32_t a[4], b[2];
+  for (int i = 0; i < 4; ++i) {
+    const float* row = A + (g + i % 2 * 8) * 16 + i / 2 * 8 + 2 * q;
+    a[i] = pair(row[0], row[1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const float* column = B + (i * 8 + 2 * q) * 8 + g;
+    b[i] = pair(column[0], column[8]);
+  }
+  emu::mma_m16n8k16_f16(d, a, b, c);
+  for (int i = 0; i < 4; ++i) y[(g + i / 2 * 8) * 8 + 2 * q + i % 2] = d[i];
+
+  for (int k0 = 0; k0 < 16; k0 += 8) {
+    for (int i = 0; i < 4; ++i) a[i] = emu::to_tf32(A[(g + i % 2 * 8) * 16 + k0 + i / 2 * 4 + q]);
+    for (int i = 0; i < 2; ++i) b[i] = emu::to_tf32(B[(k0 + i * 4 + q) * 8 + g]);
+    emu::mma_m16n8k8_tf32(c, a, b, c);
+  }
+  for (int i = 0; i < 4; ++i) y[128 + (g + i / 2 * 8) * 8 + 2 * q + i % 2] = c[i];
+}
+LAUNCH(multiply, 1, 32, 0)
+"""
+)
+
+
+def line_of(source: str, mark: str) -> int:
+    """The line of a text that ends in ``// @mark``, from 1."""
+    (number,) = (
+        i for i, line in enumerate(source.splitlines(), 1) if re.search(rf"// @{mark}\b", line)
+    )
+    return number
+
+
+def build(source: str, folder: Path, *, traced: bool, cxx: str = "g++") -> cpu.Program:
+    folder.mkdir()
+    cpu.write_sources(source, folder)
+    for command in cpu.commands(folder, traced=traced, cxx=cxx):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stderr, done.stderr
+    return cpu.Program(folder / "kernel.so")
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., cpu.Program]:
+    """counted or checked, plain or traced: each built once, at first use."""
+    folder = tmp_path_factory.mktemp("emulator")
+    built: dict[tuple[str, bool, str], cpu.Program] = {}
+
+    def get(source: str, traced: bool = True, cxx: str = "g++") -> cpu.Program:
+        key = (source, traced, cxx)
+        if key not in built:
+            built[key] = build(source, folder / str(len(built)), traced=traced, cxx=cxx)
+        return built[key]
+
+    return get
+
+
+N = 4096
+
+
+def run(program: cpu.Program, kernel: str, x: torch.Tensor | None = None, **how) -> torch.Tensor:
+    """y, N floats that start as NaN; x counts 0, 1, 2, ... unless given."""
+    if x is None:
+        x = torch.arange(N, dtype=torch.float32)
+    x = cpu.aligned_empty(x.numel()).copy_(x)
+    y = cpu.aligned_empty(N).fill_(float("nan"))
+    if kernel == "as_written":
+        y.zero_()
+    buffers = [cpu.Buffer(n, t.data_ptr(), t.numel() * 4) for n, t in (("x", x), ("y", y))]
+    extra = how.pop("extra", ())
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, y)]
+    code = program.call(f"run_{kernel}", *pointers, *extra, buffers=buffers, **how)
+    assert code == 0
+    return y
+
+
+def count_of(
+    program: cpu.Program, source: str, kernel: str, mark: str, space: str, op: str
+) -> cpu.LineCount:
+    run(program, kernel, trace=True)
+    line = line_of(source, mark)
+    (count,) = (c for c in program.counts() if (c.line, c.space, c.op) == (line, space, op))
+    return count
+
+
+@pytest.mark.parametrize(
+    ("kernel", "op", "width", "requests", "sectors", "lanes"),
+    [
+        ("coalesced", "load", 4, 1, 4, 32),
+        ("coalesced", "store", 4, 1, 4, 32),
+        ("strided", "load", 4, 1, 32, 32),
+        ("vector4", "load", 16, 1, 16, 32),
+        ("vector4", "store", 16, 1, 16, 32),
+        ("vector2", "load", 8, 1, 8, 32),
+        ("offset", "load", 4, 1, 5, 32),
+        ("broadcast", "load", 4, 3, 3, 96),
+        ("ragged", "load", 4, 2, 5, 40),
+        ("predicated", "load", 4, 5, 10, 80),
+        ("as_written", "load", 4, 12, 24, 384),  # y, x[0] and x[0] again, 4 times
+        ("as_written", "store", 4, 4, 16, 128),
+        ("three_floats", "load", 4, 3, 36, 96),  # 384 bytes = 12 sectors, seen by each of 3 loads
+        ("helped", "load", 4, 1, 4, 32),  # __constant__ memory is no global access
+        ("atomics", "atomic", 4, 1, 1, 32),
+        ("cp_async", "load", 16, 1, 16, 31),  # 30 * 16 + 8 bytes; the lane of 0 bytes reads nothing
+        ("long_loop", "load", 4, 3000, 12000, 96000),
+        ("long_lane", "load", 4, 3000, 3000, 3000),
+    ],
+)
+def test_global_counts(programs, kernel, op, width, requests, sectors, lanes):
+    launcher = {"helped": "forceinline_helper", "cp_async": "copies", "long_lane": "long_loop"}
+    count = count_of(programs(COUNTED), COUNTED, launcher.get(kernel, kernel), kernel, "global", op)
+    assert count == cpu.LineCount(
+        line_of(COUNTED, kernel), "global", op, width, requests, sectors, 0, 0, lanes
+    )
+    assert count.sectors_per_request == sectors / requests
+    assert count.lanes_per_request == lanes / requests
+
+
+@pytest.mark.parametrize(
+    ("kernel", "mark", "op", "requests", "wavefronts", "ideal"),
+    [
+        ("column32", "rows", "store", 32, 1, 1),
+        ("column32", "columns", "load", 32, 32, 1),
+        ("column33", "columns", "load", 32, 1, 1),
+        ("shared4", "shared4_contiguous", "store", 1, 4, 4),
+        ("shared4", "shared4_stride2", "load", 1, 4, 4),
+        ("shared4", "shared4_stride2", "store", 1, 8, 4),
+        ("shared4", "shared4_stride8", "store", 1, 32, 4),
+        ("shared4", "shared4_broadcast", "load", 1, 1, 1),  # .x alone: 4 bytes
+        ("shared2", "shared2_contiguous", "store", 1, 2, 2),
+        ("shared2", "shared2_stride2", "store", 1, 4, 2),
+        ("halves", "half_store", "store", 2, 1, 1),
+        ("copies", "cp_async", "store", 1, 4, 4),
+        ("matrices", "ldmatrix4", "load", 1, 8, 4),  # rows 32 bytes apart: 2-way conflicts
+        ("matrices", "ldmatrix2", "load", 1, 4, 2),
+    ],
+)
+def test_shared_counts(programs, kernel, mark, op, requests, wavefronts, ideal):
+    count = count_of(programs(COUNTED), COUNTED, kernel, mark, "shared", op)
+    assert count.requests == requests
+    assert count.wavefronts_per_request == wavefronts
+    assert count.ideal_wavefronts == ideal * requests
+    assert count.conflicts_per_request == wavefronts - ideal
+    assert count.sectors == 0
+
+
+def test_counts_are_sorted_and_forgotten_by_the_next_call(programs):
+    program = programs(COUNTED)
+    run(program, "column33", trace=True)
+    lines = [c.line for c in program.counts()]
+    assert lines == sorted(lines)
+    run(program, "coalesced", trace=True)
+    assert {c.line for c in program.counts()} == {line_of(COUNTED, "coalesced")}
+
+
+def test_counts_do_not_depend_on_the_order_of_threads(programs):
+    program = programs(COUNTED)
+    for kernel in ("column32", "long_loop", "matrices", "ragged", "predicated"):
+        run(program, kernel, trace=True)
+        expected = program.counts()
+        run(program, kernel, trace=True, order_seed=3)
+        assert program.counts() == expected
+
+
+def kernels_of(source: str) -> list[str]:
+    return re.findall(r"^LAUNCH\((\w+)", source, re.MULTILINE)
+
+
+def other_compilers() -> list[str]:
+    """g++ 11 and 12 that are installed, other than the default g++."""
+
+    def version(cxx: str) -> str:
+        return subprocess.run([cxx, "-dumpversion"], capture_output=True, text=True).stdout.strip()
+
+    found = [c for c in ("g++-11", "g++-12") if shutil.which(c)]
+    return [c for c in found if version(c) != version("g++")]
+
+
+def test_counts_are_the_same_with_another_compiler(programs):
+    others = other_compilers()
+    if not others:
+        pytest.skip("only one g++ is installed; apt-get install g++-11 or g++-12")
+    for cxx in others:
+        for kernel in kernels_of(COUNTED):
+            results = []
+            for program in (programs(COUNTED), programs(COUNTED, cxx=cxx)):
+                run(program, kernel, trace=True)
+                results.append(program.counts())
+            assert results[0] == results[1], (cxx, kernel)
+            assert results[0]
+
+
+def test_requests_show_the_addresses_of_a_warp(programs):
+    program = programs(COUNTED)
+    run(program, "column33", trace=True)
+    line = line_of(COUNTED, "columns")
+    store, load = program.requests(line)
+    assert (store.space, store.op, store.block, store.warp) == ("global", "store", (0, 0, 0), 0)
+    assert store.lanes == tuple(("y", 4 * lane) for lane in range(32))
+    names, offsets = zip(*load.lanes, strict=True)
+    assert set(names) == {"static shared"}
+    assert [o - offsets[0] for o in offsets] == [33 * 4 * lane for lane in range(32)]
+    assert len({o // 4 % 32 for o in offsets}) == 32  # banks
+
+    second = program.requests(line, limit=2)[1]
+    assert second.lanes == tuple(("y", 128 + 4 * lane) for lane in range(32))
+
+    run(program, "predicated", trace=True)
+    (load,) = program.requests(line_of(COUNTED, "predicated"))
+    assert load.lanes[16:] == (None,) * 16
+    assert {r.line for r in program.requests()} == {c.line for c in program.counts()}
+    with pytest.raises(ValueError, match="limit"):
+        program.requests(limit=0)
+
+
+def test_ldmatrix_layout(programs):
+    y = run(programs(COUNTED), "matrices").view(torch.float16)[: 10 * 64].view(10, 32, 2)
+    tile = torch.arange(256, dtype=torch.float16).view(16, 16)
+    # lanes 0 to 15 address the left half, 16 to 31 the right: matrices in column order
+    parts = [tile[:8, :8], tile[8:, :8], tile[:8, 8:], tile[8:, 8:]]
+    for m, part in enumerate(parts):
+        assert torch.equal(y[m].reshape(8, 8), part)
+        assert torch.equal(y[4 + m].reshape(8, 8), part.T)
+    for m in range(2):
+        assert torch.equal(y[8 + m].reshape(8, 8), parts[m])
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_shared_memory_begins_as_nan_in_every_block(programs, traced):
+    y = run(programs(CHECKED, traced), "fresh_shared")
+    assert y[:128].view(torch.int32).eq(-1).all()  # bytes 0xff
+
+
+@pytest.mark.parametrize("order_seed", [0, 1, 2, -5])
+def test_reduction_with_barriers_is_right_in_every_order(programs, order_seed):
+    y = run(programs(CHECKED, False), "sum_with_barriers", order_seed=order_seed)
+    assert y[0] == 255 * 256 / 2
+
+
+def test_a_missing_barrier_shows(programs):
+    program = programs(CHECKED, False)
+    sums = {run(program, "sum_without_barriers", order_seed=s)[0].item() for s in range(4)}
+    assert sums != {255 * 256 / 2}
+    with pytest.raises(cpu.EmulationError, match=r"race in shared memory"):
+        run(programs(CHECKED), "sum_without_barriers", racecheck=True)
+
+
+@pytest.mark.parametrize("kernel", ["sum_with_barriers", "sum_in_warp", "shared_atomics"])
+@pytest.mark.parametrize("order_seed", [0, 7])
+def test_no_race_is_reported_where_there_is_none(programs, kernel, order_seed):
+    run(programs(CHECKED), kernel, racecheck=True, order_seed=order_seed)
+
+
+def test_race_names_threads_lines_and_block(programs):
+    program = programs(CHECKED)
+    with pytest.raises(cpu.EmulationError) as caught:
+        run(program, "two_warps_syncwarp", racecheck=True)
+    message = str(caught.value)
+    assert message.startswith("two_warps_syncwarp: block (0, 0, 0): race in shared memory: ")
+    stored, loaded = line_of(CHECKED, "stored"), line_of(CHECKED, "loaded")
+    pair = re.search(
+        rf"thread \((\d+), 0, 0\) stores at line {stored} "
+        rf"what thread \((\d+), 0, 0\) loads at line {loaded} with no barrier between",
+        message,
+    )
+    assert pair, message
+    assert int(pair[1]) == int(pair[2]) ^ 32
+
+
+def test_syncwarp_orders_only_the_lanes_of_its_mask(programs):
+    with pytest.raises(cpu.EmulationError, match=r"race .*thread \((20|3), 0, 0\)"):
+        run(programs(CHECKED), "half_warp_sync", racecheck=True)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_barrier_that_some_threads_never_reach(programs, traced):
+    with pytest.raises(cpu.EmulationError) as caught:
+        run(programs(CHECKED, traced), "exit_before_barrier")
+    line = line_of(CHECKED, "missed")
+    assert str(caught.value) == (
+        "exit_before_barrier: block (1, 0, 0): deadlock: 40 of 64 threads wait in __syncthreads() "
+        f"at line {line}, 24 exited without reaching it"
+    )
+
+
+def test_threads_at_two_barriers(programs):
+    first, second = line_of(CHECKED, "first"), line_of(CHECKED, "second")
+    with pytest.raises(cpu.EmulationError, match="divergent barrier") as caught:
+        run(programs(CHECKED, False), "two_barriers")
+    assert f"line {first}" in str(caught.value)
+    assert f"line {second}" in str(caught.value)
+
+
+def test_barrier_against_shuffle_is_a_deadlock(programs):
+    with pytest.raises(cpu.EmulationError, match="deadlock") as caught:
+        run(programs(CHECKED, False), "barrier_and_shuffle")
+    assert "1 of 32 threads wait in __syncthreads()" in str(caught.value)
+    assert "31 of 32 threads wait in __shfl_xor_sync()" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "traced", "message"),
+    [
+        ("not_in_mask", False, r"thread \(16, 0, 0\), lane 16, is not in its own mask 0x0000ffff"),
+        ("wild", False, r"thread \(0, 0, 0\) faults at address 0x40"),
+        ("stack_overflow", False, r"thread \(0, 0, 0\) overflows its stack of 256 KiB"),
+        ("frame_too_large", False, r"thread \(0, 0, 0\) overflows its stack of 256 KiB"),
+        ("asserting", False, r"assertion `x\[threadIdx.x\] < 0.0f' failed at line {assert}"),
+        (
+            "past_shared",
+            True,
+            r"thread \(31, 0, 0\) stores 4 bytes at offset 128 of the 128 .*"
+            r"line {past_shared}",
+        ),
+        ("misaligned", True, r"misaligned: thread \(0, 0, 0\) loads 4 bytes.*line {misaligned}"),
+        ("wild", True, r"out of bounds: thread \(0, 0, 0\) loads 4 bytes"),
+    ],
+)
+def test_faults_are_errors_and_the_next_call_works(programs, kernel, traced, message):
+    program = programs(CHECKED, traced)
+    message = re.sub(r"\{(\w+)\}", lambda m: str(line_of(CHECKED, m[1])), message)
+    with pytest.raises(cpu.EmulationError, match=rf"^{kernel}: block \(0, 0, 0\): .*{message}"):
+        run(program, kernel, trace=traced)
+    assert run(program, "sum_with_barriers")[0] == 255 * 256 / 2
+
+
+def test_out_of_bounds_names_the_place(programs):
+    x = torch.arange(64, dtype=torch.float32)
+    with pytest.raises(cpu.EmulationError) as caught:
+        run(programs(CHECKED), "past_the_end", x, trace=True)
+    assert str(caught.value) == (
+        "past_the_end: block (1, 0, 0): out of bounds: thread (31, 0, 0) loads 4 bytes at offset "
+        f"256 of buffer x of 256 bytes, line {line_of(CHECKED, 'past')}"
+    )
+    run(programs(CHECKED), "past_the_end", torch.arange(65.0), trace=True)
+
+
+def test_many_errors_leave_no_memory_behind(programs):
+    program = programs(CHECKED, False)
+
+    def mappings() -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    run(program, "sum_with_barriers")
+    before = mappings()
+    for _ in range(50):
+        with pytest.raises(cpu.EmulationError):
+            run(program, "two_barriers")
+    assert mappings() <= before + 10
+
+
+def test_large_local_arrays_fit(programs):
+    y = run(programs(CHECKED, False), "large_locals")
+    t = torch.arange(64)
+    assert torch.equal(y[:64], ((t + t * 100) % 32).float())
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "smem", "limit", "error"),
+    [
+        ((1, 1, 1), (32, 1, 1), 0, 0, 0),
+        ((0, 1, 1), (32, 1, 1), 0, 0, 9),
+        ((1, 1, 1), (0, 1, 1), 0, 0, 9),
+        ((1, 1, 1), (1025, 1, 1), 0, 0, 9),
+        ((1, 1, 1), (32, 33, 1), 0, 0, 9),
+        ((1, 1, 1), (1, 1, 65), 0, 0, 9),
+        ((1, 65536, 1), (1, 1, 1), 0, 0, 9),
+        ((1, 1, 65536), (1, 1, 1), 0, 0, 9),
+        ((1, 1, 1), (32, 1, 1), 48 * 1024 + 4, 0, 1),
+        ((1, 1, 1), (32, 1, 1), 0, 227 * 1024 + 1, 1),
+        ((1, 1, 1), (32, 1, 1), 227 * 1024, 227 * 1024, 0),
+        ((1, 1, 1), (32, 1, 1), 64 * 1024 + 4, 64 * 1024, 1),
+    ],
+)
+def test_launches_that_cuda_refuses(programs, grid, block, smem, limit, error):
+    y = cpu.aligned_empty(N).fill_(-1.0)
+    x = torch.arange(N, dtype=torch.float32)
+    code = programs(CHECKED, False).call(
+        "run_limits",
+        *(ctypes.c_void_p(t.data_ptr()) for t in (x, y)),
+        *((ctypes.c_int * 3)(*v) for v in (grid, block)),
+        ctypes.c_int(smem),
+        ctypes.c_int(limit),
+    )
+    assert code == error
+    ran = torch.arange(32.0) if error == 0 else torch.full((32,), -1.0)
+    assert torch.equal(y[:32], ran)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_cp_async_comes_as_late_as_it_may(programs, traced):
+    y = run(programs(CHECKED, traced), "late_copy")[:192].view(6, 32)
+    x = torch.arange(32.0)
+    zero_filled = torch.where(x < 30, x, 0.0)
+    nothing = [y[i].isnan().all() for i in (0, 2, 4)]  # not waited for, or not committed
+    assert all(nothing)
+    assert torch.equal(y[1], x)
+    assert torch.equal(y[3], zero_filled)
+    assert torch.equal(y[5], x)
+
+
+def test_cp_async_is_seen_by_others_after_a_barrier(programs):
+    y = run(programs(CHECKED), "neighbour", extra=[ctypes.c_int(1)], racecheck=True)
+    assert torch.equal(y[:64], (torch.arange(64) ^ 33).float())
+    with pytest.raises(cpu.EmulationError, match="race"):
+        run(programs(CHECKED), "neighbour", extra=[ctypes.c_int(0)], racecheck=True)
+    with pytest.raises(cpu.EmulationError, match="race"):
+        run(programs(CHECKED), "read_while_copied", racecheck=True)
+
+
+@pytest.mark.parametrize("order_seed", [0, 11])
+def test_warp_exchanges(programs, order_seed):
+    y = run(programs(CHECKED, False), "exchanges", order_seed=order_seed)[:256].view(8, 32)
+    t = torch.arange(32)
+    assert torch.equal(y[0], ((t + 3) % 32).float())
+    assert torch.equal(y[1], (t ^ 5).float())
+    assert torch.equal(y[2], torch.where(t % 8 >= 2, t - 2, t).float())
+    assert torch.equal(y[3], torch.where(t % 8 < 6, t + 2, t).float())
+    assert y[4].eq(float(0x11111111)).all()
+    assert y[5].eq(2).all()
+    assert y[6].eq(10).all()
+    assert y[7].eq(3).all()
+
+
+def test_exited_lanes_are_not_waited_for(programs):
+    y = run(programs(CHECKED, False), "exited_lanes")
+    assert torch.equal(y[:23], torch.arange(1.0, 24.0))
+    assert y[23:32].isnan().all()  # lane 23 reads from a lane that is gone
+
+
+def convert_halves(program: cpu.Program, bits: torch.Tensor, floats: torch.Tensor, to_half: bool):
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (bits, floats)]
+    program.call("run_halves", *pointers, ctypes.c_int(bits.numel()), ctypes.c_int(to_half))
+
+
+def test_every_half_to_float(programs):
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+    floats = torch.empty(65536)
+    convert_halves(programs(CHECKED, False), bits, floats, False)
+    expected = bits.view(torch.float16).float()
+    nan = expected.isnan()
+    assert torch.equal(floats.isnan(), nan)
+    assert torch.equal(floats[~nan].view(torch.int32), expected[~nan].view(torch.int32))
+
+
+def test_float_to_half_rounds_to_nearest_even(programs):
+    generator = torch.Generator().manual_seed(1)
+    anything = torch.randint(-(2**31), 2**31, (400_000,), generator=generator)
+    every_half = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    finite = every_half[every_half.isfinite()].sort().values
+    ties = (finite[1:].double() + finite[:-1].double()).div(2).float()
+    infinity = torch.tensor(float("inf"))
+    floats = torch.cat(
+        [
+            anything.to(torch.int32).view(torch.float32),
+            torch.randn(100_000, generator=generator) * 1e-5,  # around the subnormals
+            torch.randn(100_000, generator=generator) * 4e4,  # around the largest
+            every_half,
+            ties,
+            ties.nextafter(infinity),
+            ties.nextafter(-infinity),
+            torch.tensor([65519.996, 65520.0, -65520.0, 2.0**-25, 2.0**-24, 0.0, -0.0]),
+        ]
+    ).contiguous()
+    bits = torch.empty(floats.numel(), dtype=torch.int16)
+    convert_halves(programs(CHECKED, False), bits, floats, True)
+    expected = floats.half()
+    nan = expected.isnan()
+    assert torch.equal(bits.view(torch.float16).isnan(), nan)
+    assert torch.equal(bits[~nan], expected[~nan].view(torch.int16))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_mma_twins_on_integers(programs, traced):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randint(-9, 10, (512,), generator=generator).float()
+    a, b, c = x[:256].view(16, 16), x[256:384].view(16, 8), x[384:].view(16, 8)
+    y = run(programs(CHECKED, traced), "multiply", x)
+    assert torch.equal(y[:128].view(16, 8), a @ b + c)
+    assert torch.equal(y[128:256].view(16, 8), a @ b + c)
+
+
+def test_calls_from_several_threads_take_turns(programs):
+    program = programs(CHECKED, False)
+    with ThreadPoolExecutor(8) as pool:
+        sums = list(pool.map(lambda _: run(program, "sum_with_barriers")[0].item(), range(64)))
+    assert set(sums) == {255 * 256 / 2}
+
+
+def test_call_refuses_what_it_cannot_do(programs):
+    program = programs(CHECKED, False)
+    with pytest.raises(ValueError, match="traced=True"):
+        run(program, "identity", trace=True)
+    with pytest.raises(TypeError, match="ctypes"):
+        program.call("run_identity", 1, 2)
+    with pytest.raises(AttributeError):
+        program.call("run_nothing")
+    with pytest.raises(OSError, match="nothing"):
+        cpu.Program(Path("/nothing.so"))
+
+
+def test_compile_errors_name_the_line_of_the_text(tmp_path):
+    cpu.write_sources("\n\n__global__ void k(float* y) { y[0] = unknown; }\n", tmp_path)
+    command = cpu.commands(tmp_path, traced=False)[0]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert re.search(r"^kernel\.cu:3:\d+: error: .*unknown", done.stderr, re.MULTILINE)
+
+
+def test_fingerprint_tells_compilers_apart():
+    assert re.fullmatch(r"[0-9a-f]{32}", cpu.fingerprint())
+    assert cpu.fingerprint() == cpu.fingerprint()
+    for cxx in other_compilers():
+        assert cpu.fingerprint(cxx) != cpu.fingerprint()
+    with pytest.raises(OSError, match="no-such-compiler"):
+        cpu.fingerprint("no-such-compiler")
+
+
+def translated(source: str) -> str:
+    return cpu.translate(source).split("\n", 2)[2]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("k<<<g, b>>>(x);", "EMU_KERNEL(k).at(g, b)(x);"),
+        (
+            "k<A, (B > 2)><<<dim3(1, 2), f(3)>>>(x);",
+            "EMU_KERNEL(k<A, (B > 2)>).at(dim3(1, 2), f(3))(x);",
+        ),
+        ("ns::k<T<2>> <<<g, b, n, s>>> (x);", "EMU_KERNEL(ns::k<T<2>> ).at(g, b, n, s) (x);"),
+        ("if (a < b) k\n<<<\ng,\nb>>>\n(x);", "if (a < b) EMU_KERNEL(k\n).at(\ng,\nb)\n(x);"),
+        ("f(); // k<<<1, 2>>>(x)", "f(); // k<<<1, 2>>>(x)"),
+        (
+            's = "k<<<1, 2>>>(x)"; c = \'"\'; k<<<1, 2>>>();',
+            's = "k<<<1, 2>>>(x)"; c = \'"\'; EMU_KERNEL(k).at(1, 2)();',
+        ),
+        ("n = 1'000; k<<<1, 2>>>(); m = 1'0;", "n = 1'000; EMU_KERNEL(k).at(1, 2)(); m = 1'0;"),
+        ("#include <cuda_fp16.h>\n", "// #include <cuda_fp16.h>\n"),
+        ("#include <vector>\n", "#include <vector>\n"),
+    ],
+)
+def test_translation(source, expected):
+    assert translated(source) == expected
+
+
+@pytest.mark.parametrize(
+    ("declaration", "element"),
+    [
+        ("extern __shared__ float t[];", "float"),
+        ("extern __shared__ __align__(16) float4 t[];", "float4"),
+        ("extern __shared__ alignas(1024) unsigned char t [ ] ;", "unsigned char"),
+        ("__align__(16) extern __shared__ T t[];", "T"),
+        ("extern __align__(16) __shared__ uint8_t\nt[];", "uint8_t"),
+        ("extern volatile __shared__ float t[];", "volatile float"),
+    ],
+)
+def test_translation_of_dynamic_shared_memory(declaration, element):
+    result = translated(declaration)
+    pointer = f"{element}* const t = reinterpret_cast<{element}*>(emu::dynamic_shared());"
+    assert result.rstrip("\n") == pointer
+    assert result.count("\n") == declaration.count("\n")
+
+
+def test_translation_of_what_it_cannot_read_names_the_line():
+    for source in ("\n1 <<< 2;", "\nk<<<1, 2>>>;", "\n(f())<<<1, 2>>>(x);"):
+        with pytest.raises(cpu.TranslationError, match=r"^kernel\.cu:2: "):
+            cpu.translate(source)
+
+
+def test_line_count_is_a_value(programs):
+    run(programs(COUNTED), "coalesced", trace=True)
+    count = programs(COUNTED).counts()[0]
+    assert replace(count, line=1) != count
+    assert count.bytes_used_per_sector == 32
