@@ -76,7 +76,8 @@ def figures(
     """Redraw every figure and the README's table from the records."""
     from asymconv import study
 
-    for path in study.redraw(folder):
+    readme = study.ROOT / "README.md" if folder.resolve() == study.ROOT / "figures" else None
+    for path in study.redraw(folder, readme):
         console.print(f"wrote {path}", soft_wrap=True)
 
 

@@ -1,0 +1,137 @@
+"""Hardware counters through Nsight Compute: what a kernel did to each level of memory.
+
+`profile` runs ncu on a process of its own that launches one rung once (`python -m
+asymconv.profiler k03 ...`); only that launch is profiled. The card's clocks are left alone. ncu
+repeats the launch once per group of counters, so times taken under it mean nothing: times come
+from `asymconv.measure`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from asymconv import build
+from asymconv.check import random_data
+from asymconv.kernels import Rung, get_rung
+from asymconv.problem import ConvShape
+
+METRICS: Mapping[str, str] = {
+    "global_load_requests": "l1tex__t_requests_pipe_lsu_mem_global_op_ld.sum",
+    "global_load_sectors": "l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum",
+    "global_store_requests": "l1tex__t_requests_pipe_lsu_mem_global_op_st.sum",
+    "global_store_sectors": "l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum",
+    "shared_load_requests": "smsp__inst_executed_op_shared_ld.sum",
+    "shared_load_wavefronts": "l1tex__data_pipe_lsu_wavefronts_mem_shared_op_ld.sum",
+    "shared_load_conflicts": "l1tex__data_bank_conflicts_pipe_lsu_mem_shared_op_ld.sum",
+    "shared_store_requests": "smsp__inst_executed_op_shared_st.sum",
+    "shared_store_wavefronts": "l1tex__data_pipe_lsu_wavefronts_mem_shared_op_st.sum",
+    "shared_store_conflicts": "l1tex__data_bank_conflicts_pipe_lsu_mem_shared_op_st.sum",
+    "async_copy_requests": "smsp__inst_executed_op_ldgsts.sum",
+    "l1_hit_percent": "l1tex__t_sector_hit_rate.pct",
+    "l2_sectors": "lts__t_sectors_srcunit_tex.sum",
+    "l2_hit_percent": "lts__t_sector_hit_rate.pct",
+    "dram_read_bytes": "dram__bytes_read.sum",
+    "dram_write_bytes": "dram__bytes_write.sum",
+    "occupancy_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "fma_percent": "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active",
+    "tensor_percent": "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
+    "lsu_percent": "sm__inst_executed_pipe_lsu.avg.pct_of_peak_sustained_active",
+    "l1_wavefront_percent": "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed",
+    "l2_percent": "lts__t_sectors.avg.pct_of_peak_sustained_elapsed",
+    "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "registers": "launch__registers_per_thread",
+}
+"""The counters taken: our names and Nsight Compute's."""
+
+
+class ProfilerError(RuntimeError):
+    """ncu is not there, or failed; the message says what to do, or shows its lines."""
+
+
+@dataclass(frozen=True)
+class Counters:
+    """One rung's counters on one shape; all its kernels of a call together.
+
+    Attributes:
+        name: the rung.
+        source_hash: its text's.
+        shape: the convolution.
+        values: by the names of `METRICS`: counts, bytes, or percent of the hardware's peak.
+    """
+
+    name: str
+    source_hash: str
+    shape: ConvShape
+    values: Mapping[str, float]
+
+
+def _read(lines: str) -> dict[str, float]:
+    """The metrics in ncu's CSV: sums over kernels for counts, the longest kernel's for percents."""
+    start = lines.find('"ID"')
+    rows = list(csv.reader(io.StringIO(lines[start:]))) if start >= 0 else []
+    if len(rows) < 3:
+        raise ProfilerError(f"ncu reported no kernel:\n{lines[-2000:]}")
+    header, units, *kernels = rows
+    ours = {metric: name for name, metric in METRICS.items()}
+    scale = {"Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
+    values: dict[str, float] = {}
+    for column, metric in enumerate(header):
+        if metric not in ours:
+            continue
+        found = [
+            float(kernel[column].replace(",", "")) * scale.get(units[column], 1.0)
+            for kernel in kernels
+            if kernel[column]
+        ]
+        whole = metric.endswith(".sum")
+        values[ours[metric]] = sum(found) if whole else max(found, default=0.0)
+    return values
+
+
+def profile(rung: Rung, shape: ConvShape, timeout: float = 300) -> Counters:
+    """Take one rung's counters on the current GPU.
+
+    Raises:
+        ProfilerError: no ncu on PATH, no permission for counters, or it failed.
+        ValueError: the rung refuses the shape.
+    """
+    if shutil.which("ncu") is None:
+        raise ProfilerError("no ncu: it comes with the CUDA toolkit (package cuda-nsight-compute)")
+    if reason := rung.refuses(shape):
+        raise ValueError(f"{rung.name} does not take this shape: {reason}")
+    build.load(rung, "cuda")  # so that ncu does not watch a compiler
+    command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv"]
+    command += ["--page", "raw", "--metrics", ",".join(METRICS.values())]
+    command += [sys.executable, "-m", "asymconv.profiler", rung.name, json.dumps(asdict(shape))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    if done.returncode:
+        raise ProfilerError(f"ncu failed ({done.returncode}):\n{(done.stdout + done.stderr)[-3000:]}")
+    return Counters(rung.name, rung.source_hash, shape, _read(done.stdout))
+
+
+def _launch_once(arguments: Sequence[str]) -> None:
+    """What ncu watches: one call of one rung, between the profiler's start and stop."""
+    rung = get_rung(arguments[0])
+    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(arguments[1]).items()}
+    shape = ConvShape(**sizes)
+    kernel = build.load(rung, "cuda")
+    data = random_data(shape, "cuda")
+    out = torch.empty(shape.output_shape, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    kernel(*data, shape, out)
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+if __name__ == "__main__":
+    _launch_once(sys.argv[1:])

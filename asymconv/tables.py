@@ -1,0 +1,85 @@
+"""The ladder as a table, on a terminal and in the README, from a record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.table import Table
+
+from asymconv.kernels import RUNGS
+from asymconv.record import Record, write_atomically
+
+BEGIN, END = "<!-- ladder:begin -->", "<!-- ladder:end -->"
+
+HEADERS = ("kernel", "idea", "ms", "× nn.Conv2d", "of the floor", "error")
+
+
+def _number(value: float) -> str:
+    """Three significant digits, no exponent: 2210, 14.3, 0.0021."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def ladder_rows(record: Record) -> Iterator[tuple[str, ...]]:
+    """A row for each rung and peer: see `HEADERS`.
+
+    "× nn.Conv2d" is how many times faster than PyTorch's default in the same run; "of the floor"
+    the memory floor's time over the method's; the error is ‖y - ref‖ / ‖ref‖ against float64.
+    """
+    ideas = {rung.name: rung.idea for rung in RUNGS}
+    peers = {"nn.Conv2d": "PyTorch's default, TF32", "nn.Conv2d, strict fp32": "TF32 forbidden"}
+    default, floor = record["nn.Conv2d"].median, record["memory floor"].median
+    for timing in record.of_kind("rung") + record.of_kind("peer"):
+        yield (
+            timing.name,
+            ideas.get(timing.name, peers.get(timing.name, "")),
+            _number(timing.median),
+            _number(default / timing.median),
+            f"{100 * floor / timing.median:.2g} %",
+            f"{timing.error:.1e}",
+        )
+
+
+def caption(record: Record) -> str:
+    """What the table shows, and where it was measured."""
+    floor = record["memory floor"].median
+    return (
+        f"{record.shape}, forward, medians on {record.gpu}, torch {record.made['torch']}; "
+        f"moving the bytes alone takes {floor:.2f} ms. Record: figures/data/ladder.json."
+    )
+
+
+def ladder_table(record: Record) -> str:
+    """The table in Markdown, with its caption."""
+    lines = ["| " + " | ".join(HEADERS) + " |", "| :-- | :-- | --: | --: | --: | --: |"]
+    lines += ["| " + " | ".join(row) + " |" for row in ladder_rows(record)]
+    return "\n".join([*lines, "", caption(record)])
+
+
+def ladder_rich(record: Record) -> Table:
+    """The table for a terminal."""
+    table = Table(*HEADERS[:1], title=record.title, caption=caption(record))
+    for header in HEADERS[2:]:  # the ideas would not fit
+        table.add_column(header, justify="right")
+    for name, _, *numbers in ladder_rows(record):
+        table.add_row(name, *numbers)
+    return table
+
+
+def with_table(readme: str, record: Record) -> str:
+    """A README's text with the table between its markers.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.find(END) < readme.find(BEGIN):
+        raise ValueError(f"the README must have {BEGIN} and {END}, once each and in this order")
+    head, rest = readme.split(BEGIN)
+    return f"{head}{BEGIN}\n{ladder_table(record)}\n{END}{rest.split(END)[1]}"
+
+
+def update_readme(path: Path, record: Record) -> None:
+    """Write the table into a README. Raises ValueError (`with_table`)."""
+    write_atomically(path, with_table(path.read_text(), record))
