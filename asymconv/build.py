@@ -401,7 +401,9 @@ class Kernel:
         Backend "cpu-traced" only. The tensors are copied to where cudaMalloc would put them, at
         multiples of 256 bytes, so that the sectors counted are those of a GPU.
         """
-        data = [None if t is None else cpu.aligned_empty(*t.shape).copy_(t) for t in (x, weight, bias)]
+        data = [
+            None if t is None else cpu.aligned_empty(*t.shape).copy_(t) for t in (x, weight, bias)
+        ]
         self(*data, shape, cpu.aligned_empty(*shape.output_shape), trace=True)
         return self.program.counts()
 
@@ -478,7 +480,9 @@ def load(
             raise BuildError("backend 'cuda' needs a GPU and a CUDA build of torch")
         capability = torch.cuda.get_device_capability(device)
         if not rung.runs_on(capability):
-            raise BuildError(f"{rung.name} needs sm_{rung.arch or rung.capability}, not {capability}")
+            raise BuildError(
+                f"{rung.name} needs sm_{rung.arch or rung.capability}, not {capability}"
+            )
         arch = device_arch(rung, device)
     elif not rung.emulated:
         raise BuildError(f"{rung.name} has instructions that the CPU backend does not run")

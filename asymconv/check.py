@@ -46,7 +46,7 @@ class Tolerance:
     """The error allowed, and why.
 
     Attributes:
-        element: largest \\|y - ref\\| allowed, as a multiple of sum \\|x\\| \\|w\\| of that element.
+        element: largest absolute error allowed, over the sum of abs(x) abs(w) of that element.
             A bound that no correct implementation can exceed: each operand is rounded with
             relative error at most u, and summing n terms in any order costs at most n rounding
             errors (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5).

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from asymconv.kernels import Rung
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 console = Console()
 
-# Heavy imports (torch, papermill) stand in the commands: --help answers at once.
+# Modules that not every command needs are imported in the commands.
 
 
 def _fail(message: str) -> typer.Exit:
     console.print(f"[red]{message}[/red]", soft_wrap=True)
     return typer.Exit(1)
+
+
+def _need_gpu(command: str) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise _fail(f"{command} needs a GPU and finds none; `asymconv info` says what is missing")
+
+
+def _rungs(names: str) -> Sequence[Rung]:
+    """The rungs named with commas, or all."""
+    from asymconv.kernels import RUNGS, get_rung
+
+    try:
+        return [get_rung(name.strip()) for name in names.split(",")] if names else RUNGS
+    except KeyError as error:
+        raise _fail(error.args[0]) from error
 
 
 @app.command()
@@ -43,19 +64,12 @@ def bench(
     ] = None,
 ) -> None:
     """Check and time the ladder against nn.Conv2d and the ceilings on this GPU."""
-    import torch
-
     from asymconv import measure, tables
     from asymconv import record as records
-    from asymconv.kernels import RUNGS, get_rung
     from asymconv.problem import CONTRACT
 
-    if not torch.cuda.is_available():
-        raise _fail("bench measures on a GPU and finds none; `asymconv info` says what is missing")
-    try:
-        chosen = [get_rung(name.strip()) for name in rungs.split(",")] if rungs else RUNGS
-    except KeyError as error:
-        raise _fail(error.args[0]) from error
+    _need_gpu("bench")
+    chosen = _rungs(rungs)
     with console.status("checking, then timing"):
         timings, left_out = measure.check_and_time(CONTRACT, chosen)
         timings += measure.time_ceilings(CONTRACT)
@@ -66,6 +80,39 @@ def bench(
     if record:
         path = output or records.LADDER
         result.save(path)
+        console.print(f"record: {path}", soft_wrap=True)
+
+
+@app.command()
+def profile(
+    rungs: Annotated[
+        str, typer.Option(help="Rungs to profile, by number, with commas; all unless told.")
+    ] = "",
+    record: Annotated[bool, typer.Option("--record", help="Write a record.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write it; figures/data/counters.json.")
+    ] = None,
+) -> None:
+    """Take the rungs' hardware counters with Nsight Compute, on the contract's shape."""
+    from asymconv import profiler
+    from asymconv import record as records
+    from asymconv.problem import CONTRACT
+
+    _need_gpu("profile")
+    taken = []
+    for rung in _rungs(rungs):
+        with console.status(f"profiling {rung.name}"):
+            try:
+                taken.append(profiler.profile(rung, CONTRACT))
+            except profiler.ProfilerError as error:
+                raise _fail(str(error)) from error
+    table = Table("counter", *(c.name for c in taken))
+    for name in profiler.METRICS:
+        table.add_row(name, *(f"{c[name]:,.4g}" for c in taken))
+    console.print(table)
+    if record:
+        path = output or profiler.COUNTERS
+        profiler.Profile(records.environment(), tuple(taken)).save(path)
         console.print(f"record: {path}", soft_wrap=True)
 
 

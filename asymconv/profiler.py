@@ -2,8 +2,8 @@
 
 `profile` runs ncu on a process of its own that launches one rung once (`python -m
 asymconv.profiler k03 ...`); only that launch is profiled. The card's clocks are left alone. ncu
-repeats the launch once per group of counters, so times taken under it mean nothing: times come
-from `asymconv.measure`.
+repeats the launch once per group of counters with cold caches, so its time is only a hint: times
+come from `asymconv.measure`. `Profile` is the record, as JSON under figures/data/.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from asymconv import build
+from asymconv import build, record
 from asymconv.check import random_data
 from asymconv.kernels import Rung, get_rung
 from asymconv.problem import ConvShape
@@ -49,6 +51,7 @@ METRICS: Mapping[str, str] = {
     "l2_percent": "lts__t_sectors.avg.pct_of_peak_sustained_elapsed",
     "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "registers": "launch__registers_per_thread",
+    "milliseconds": "gpu__time_duration.sum",
 }
 """The counters taken: our names and Nsight Compute's."""
 
@@ -65,13 +68,66 @@ class Counters:
         name: the rung.
         source_hash: its text's.
         shape: the convolution.
-        values: by the names of `METRICS`: counts, bytes, or percent of the hardware's peak.
+        values: by the names of `METRICS`: counts, bytes, ms, or percent of the hardware's peak.
     """
 
     name: str
     source_hash: str
     shape: ConvShape
     values: Mapping[str, float]
+
+    def __getitem__(self, name: str) -> float:
+        """A counter by our name for it. Raises KeyError."""
+        return self.values[name]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A record of counters: several rungs, one GPU, one run.
+
+    Attributes:
+        made: where and with what (`record.environment`).
+        counters: a rung each.
+    """
+
+    made: Mapping[str, str | int]
+    counters: tuple[Counters, ...]
+
+    def __getitem__(self, name: str) -> Counters:
+        """The counters of a rung, by name or number. Raises KeyError."""
+        for counters in self.counters:
+            if name in (counters.name, counters.name.split("_", 1)[0]):
+                return counters
+        raise KeyError(f"no counters of {name!r}; there are {[c.name for c in self.counters]}")
+
+    def save(self, path: Path) -> None:
+        """Write the record; the file is whole or not there."""
+        data = {"made": dict(self.made), "counters": [asdict(c) for c in self.counters]}
+        record.write_atomically(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+COUNTERS = record.DATA_FOLDER / "counters.json"
+"""The published record of counters."""
+
+
+def load(path: Path = COUNTERS) -> Profile:
+    """Read a record of counters.
+
+    Raises:
+        FileNotFoundError: there is none; says how to make it.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no record {path}: it is made by `asymconv profile --record`")
+    data = json.loads(path.read_text())
+    counters = tuple(
+        Counters(c["name"], c["source_hash"], _shape(c["shape"]), c["values"])
+        for c in data["counters"]
+    )
+    return Profile(data["made"], counters)
+
+
+def _shape(sizes: Mapping[str, Any]) -> ConvShape:
+    return ConvShape(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
 
 
 def _read(lines: str) -> dict[str, float]:
@@ -82,7 +138,7 @@ def _read(lines: str) -> dict[str, float]:
         raise ProfilerError(f"ncu reported no kernel:\n{lines[-2000:]}")
     header, units, *kernels = rows
     ours = {metric: name for name, metric in METRICS.items()}
-    scale = {"Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
+    scale = {"Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "ns": 1e-6, "us": 1e-3, "s": 1e3}
     values: dict[str, float] = {}
     for column, metric in enumerate(header):
         if metric not in ours:
@@ -114,15 +170,16 @@ def profile(rung: Rung, shape: ConvShape, timeout: float = 300) -> Counters:
     command += [sys.executable, "-m", "asymconv.profiler", rung.name, json.dumps(asdict(shape))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     if done.returncode:
-        raise ProfilerError(f"ncu failed ({done.returncode}):\n{(done.stdout + done.stderr)[-3000:]}")
+        raise ProfilerError(
+            f"ncu failed ({done.returncode}):\n{(done.stdout + done.stderr)[-3000:]}"
+        )
     return Counters(rung.name, rung.source_hash, shape, _read(done.stdout))
 
 
 def _launch_once(arguments: Sequence[str]) -> None:
     """What ncu watches: one call of one rung, between the profiler's start and stop."""
     rung = get_rung(arguments[0])
-    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(arguments[1]).items()}
-    shape = ConvShape(**sizes)
+    shape = _shape(json.loads(arguments[1]))
     kernel = build.load(rung, "cuda")
     data = random_data(shape, "cuda")
     out = torch.empty(shape.output_shape, device="cuda")

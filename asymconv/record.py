@@ -39,7 +39,8 @@ def environment() -> dict[str, str | int]:
     properties = torch.cuda.get_device_properties()
     return {
         "gpu": properties.name,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": _smi("driver_version"),
+        "max_clock_mhz": int(_smi("clocks.max.sm") or 0),
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "memory_bytes": properties.total_memory,
@@ -64,6 +65,12 @@ def revision() -> str:
     commit = _output("git", "-C", folder, "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
     return (commit + ("+" if changed else "")) or "unknown"
+
+
+def _smi(field: str) -> str:
+    """One field of the first GPU from nvidia-smi, without its unit; "" where there is none."""
+    lines = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits")
+    return lines.splitlines()[0] if lines else ""
 
 
 def _output(*command: str) -> str:

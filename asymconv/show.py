@@ -88,7 +88,8 @@ def made(of: record.Record) -> Markdown:
     m = of.made
     return Markdown(
         f"*Measured on {m['gpu']}: {m['multiprocessors']} SMs, driver {m['driver']}, torch "
-        f"{m['torch']}, CUDA {m['cuda']}, cuDNN {m['cudnn']}, {m['date']}, revision {m['revision']}.*"
+        f"{m['torch']}, CUDA {m['cuda']}, cuDNN {m['cudnn']}, {m['date']}, "
+        f"revision {m['revision']}.*"
     )
 
 
@@ -113,7 +114,8 @@ def here() -> Markdown:
     """Whether what follows was measured on this machine's own GPU or is the published record."""
     if record.ladder_path() == record.LADDER:
         return Markdown(
-            "*Shown: the published record. On a machine with a GPU, `asymconv study` measures anew.*"
+            "*Shown: the published record. "
+            "On a machine with a GPU, `asymconv study` measures anew.*"
         )
     return Markdown("*Shown: this machine's own GPU, measured in this run.*")
 
@@ -122,9 +124,7 @@ def ceilings(of: record.Record) -> Markdown:
     """What the record's GPU delivers at most: bytes and operations a second."""
     rows = []
     for timing in of.of_kind("ceiling"):
-        rate = (
-            f"{timing.gbytes:,.0f} GB/s" if timing.bytes else f"{timing.tflops:,.0f} TFLOP/s"
-        )
+        rate = f"{timing.gbytes:,.0f} GB/s" if timing.bytes else f"{timing.tflops:,.0f} TFLOP/s"
         rows.append((timing.name, f"{timing.median:.3f}", rate))
     return table(("ceiling", "ms", "rate"), rows)
 

@@ -58,7 +58,7 @@ def measure_live(output: Path, console: Console) -> None:
     console.print(f"measured on this GPU: {path}", soft_wrap=True)
 
 
-def _execute(notebook: Path, target: Path, step: object) -> None:
+def _execute(notebook: Path, target: Path) -> None:
     """Run one notebook through papermill; the target is whole or, after an error, what ran."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -72,6 +72,7 @@ def _execute(notebook: Path, target: Path, step: object) -> None:
             kernel_name="python3",
             progress_bar=False,
             log_output=False,
+            extra_arguments=["--IPKernelApp.log_level=40"],  # errors; it warns of local TCP
         )
     except PapermillExecutionError as error:
         raise StudyError(
@@ -115,12 +116,16 @@ def run(output: Path, only: Sequence[str] | None, console: Console) -> None:
             measure_live(output, console)
         except build.MissingToolError as error:
             console.print(f"the record is shown, nothing is measured: {error}", soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+    )
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("notebooks", total=len(paths))
         for path in paths:
             progress.update(task, description=path.stem)
-            _execute(path, output / path.name, progress)
+            _execute(path, output / path.name)
             progress.advance(task)
         progress.update(task, description="notebooks")
     redraw(output / "figures")

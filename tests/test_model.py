@@ -120,7 +120,9 @@ def test_bad_arguments_raise_what_conv2d_raises(arguments: dict, device: str) ->
     outcomes = []
     for cls in (Model, ModelNew):
         try:
-            outcomes.append(cls(**arguments).to(device)(torch.rand(1, 3, 8, 8, device=device)).shape)
+            outcomes.append(
+                cls(**arguments).to(device)(torch.rand(1, 3, 8, 8, device=device)).shape
+            )
         except Exception as error:
             outcomes.append(type(error))
     assert outcomes[0] == outcomes[1]

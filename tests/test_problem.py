@@ -18,7 +18,7 @@ def test_the_contract() -> None:
     (x,) = get_inputs()
     assert x.shape == (8, 64, 512, 1024)
     assert x.dtype == torch.float32
-    assert 0 <= x.min() and x.max() < 1
+    assert x.min() >= 0 and x.max() < 1
     assert get_init_inputs() == [64, 128, 3]
     model = Model(*get_init_inputs())
     assert isinstance(model.conv2d, nn.Conv2d)
@@ -57,9 +57,7 @@ def test_counts_of_the_contract() -> None:
     groups=st.integers(1, 3),
 )
 def test_shape_agrees_with_conv2d(size, kernel, stride, padding, dilation, groups) -> None:
-    layer = nn.Conv2d(
-        2 * groups, 3 * groups, kernel, stride, padding, dilation, groups, bias=False
-    )
+    layer = nn.Conv2d(2 * groups, 3 * groups, kernel, stride, padding, dilation, groups, bias=False)
     x = torch.zeros(1, 2 * groups, *size)
     arguments = (1, 2 * groups, *size, 3 * groups, kernel, stride, padding, dilation, groups)
     try:
