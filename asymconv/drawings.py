@@ -6,10 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, Rectangle
 
-from asymconv.plots import INK, SMALL_SIZE, SOFT, TEXT_SIZE, WIDTH
-from asymconv.plots import _axes as axes_at
-from asymconv.plots import _page as page
-from asymconv.plots import _style as style
+from asymconv.plots import INK, SMALL_SIZE, SOFT, TEXT_SIZE, WIDTH, axes_at, page, style
 from asymconv.problem import ConvShape
 
 INPUT, OUTPUT, WINDOW = "#BFD7EA", "#F6D8AE", "#D1495B"

@@ -149,7 +149,7 @@ STYLE = {
 
 
 @contextlib.contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     """Matplotlib's own defaults and `STYLE`, whatever the user's matplotlibrc says."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -157,7 +157,7 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _page(
+def page(
     height: float, title: str, subtitle: str, small_print: Sequence[str]
 ) -> tuple[Figure, float, float]:
     """An empty figure with title and small print.
@@ -196,7 +196,7 @@ def _page(
     return figure, foot_height, total - head_height
 
 
-def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
     """Axes at a place given in points."""
     total = figure.get_figheight() * 72
     return figure.add_axes((left / WIDTH, bottom / total, width / WIDTH, height / total))
@@ -325,7 +325,8 @@ def _ladder_finding(record: Record) -> tuple[str, str]:
     )
     if first is not best:
         gain = significant(first.median / best.median)
-        subtitle = f"{short_name(best.name)} is {gain} times faster than {short_name(first.name)}. {subtitle}"
+        names = f"{short_name(best.name)} is {gain} times faster than {short_name(first.name)}"
+        subtitle = f"{names}. {subtitle}"
     return title, subtitle
 
 
@@ -347,11 +348,11 @@ def ladder(record: Record, source: str = records.LADDER.name) -> Figure:
     rows = [(t, float(i)) for i, t in enumerate(rungs)]
     rows += [(t, len(rungs) + gap + i) for i, t in enumerate(peers)]
     last = rows[-1][1]
-    with _style():
+    with style():
         body = step * (last + 1)
-        figure, bottom, top = _page(body + 22 + 42, title, subtitle, _small_print(record, source))
+        figure, bottom, _top = page(body + 22 + 42, title, subtitle, _small_print(record, source))
         left = 190.0
-        axes = _axes(figure, left, bottom + 42, WIDTH - left - MARGIN - 4, body)
+        axes = axes_at(figure, left, bottom + 42, WIDTH - left - MARGIN - 4, body)
         times = [t.median for t, _ in rows] + [floor]
         low, high = 0.8 * min(times), max(times)
         axes.set_xscale("log")
@@ -453,11 +454,11 @@ def roofline(
     for timing in methods:
         counted = (counters or {}).get(timing.name) or (counters or {}).get(short_name(timing.name))
         points.append((timing, shape.flops / (counted or shape.least_bytes), counted is not None))
-    with _style():
+    with style():
         body = 330.0
-        figure, bottom, top = _page(body + 12 + 42, title, subtitle, _small_print(record, source))
+        figure, bottom, _top = page(body + 12 + 42, title, subtitle, _small_print(record, source))
         left, width = 62.0, WIDTH - 62.0 - MARGIN
-        axes = _axes(figure, left, bottom + 42, width, body)
+        axes = axes_at(figure, left, bottom + 42, width, body)
         roofs = {name: record[name].tflops for name in ROOFS}
         low_x = 10.0 ** math.floor(math.log10(min(5.0, *(x for _, x, _ in points)) * 0.999))
         low_x = max(low_x, min(5.0, *(0.7 * x for _, x, _ in points)))
@@ -594,14 +595,14 @@ def sectors(
     for request in requests:
         lines = len({s * SECTOR // LINE for s in request.sectors()})
         heights.append(head_height + row_height * math.ceil(lines / _LINES_A_ROW))
-    with _style():
-        figure, bottom, top = _page(
+    with style():
+        figure, bottom, top = page(
             sum(heights) + 34,
             title,
             "Boxes are the 32-byte sectors of each 128-byte line that the 32 lanes touch.",
             [source],
         )
-        axes = _axes(figure, 0, bottom, WIDTH, top - bottom)
+        axes = axes_at(figure, 0, bottom, WIDTH, top - bottom)
         axes.set_axis_off()
         axes.set_xlim(0, WIDTH)
         axes.set_ylim(0, top - bottom)
@@ -698,7 +699,7 @@ def svg(figure: Figure) -> str:
     """A figure as SVG text: the same for the same figure on any machine with this matplotlib."""
     buffer = io.StringIO()
     metadata = {"Date": None, "Creator": "asymconv", "Format": None, "Type": None}
-    with _style():
+    with style():
         figure.savefig(buffer, format="svg", metadata=metadata)
     text = _DRAWN.sub(lambda attribute: _NUMBER.sub(_rounded, attribute[0]), buffer.getvalue())
     # matplotlib names clip paths and markers after floats with all their digits

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from IPython.display import SVG, Markdown
 from matplotlib.figure import Figure
 
-from asymconv import build, cpu, plots, record
+from asymconv import build, cpu, plots, profiler, record
 from asymconv.check import check, random_data
 from asymconv.kernels import Rung
 from asymconv.problem import ConvShape
@@ -164,3 +164,17 @@ def warp(rung: Rung, shape: ConvShape, *accesses: str) -> SVG:
         first.setdefault(label, plots.Request(label, offsets, request.bytes_per_lane))
     source = f"addresses of block 0, warp 0, traced on the CPU: {rung.name} on {shape}"
     return figure(plots.sectors([first[a] for a in accesses], rung.number, source))
+
+
+_UNITS = {"bytes": (1e9, "GB"), "percent": (1, "%"), "milliseconds": (1, "ms")}
+
+
+def counters(of: profiler.Profile, names: Sequence[str], rungs: Sequence[str]) -> Markdown:
+    """Hardware counters of some rungs side by side, from the record."""
+    rows = []
+    for name in names:
+        factor, unit = _UNITS.get(name.rsplit("_", 1)[-1], (1e9, "billion"))
+        label = name.removesuffix("_percent").removesuffix("_bytes").replace("_", " ")
+        numbers = [f"{of[rung][name] / factor:,.4g} {unit}" for rung in rungs]
+        rows.append((label, *numbers))
+    return table(("counter (ncu)", *rungs), rows)

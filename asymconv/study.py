@@ -76,7 +76,7 @@ def _execute(notebook: Path, target: Path) -> None:
         )
     except PapermillExecutionError as error:
         raise StudyError(
-            f"{notebook.name}, cell {error.cell_index}: {error.ename}: {error.evalue}\n"
+            f"{notebook.name}, cell {error.exec_count}: {error.ename}: {error.evalue}\n"
             f"what ran until then: {target}"
         ) from error
     finally:

@@ -8,17 +8,17 @@ What it changes: the loop over k moves from the grid into the thread. 128 times 
 
 What it predicts, on the contract's shape:
 
-- The input window of a block is 8 images * 64 channels * 9 taps. It comes back for each of the
-  128 output channels, 18 KiB of values in 8 * 64 * 3 separate row pieces: at least 1536 sectors
-  = 48 KiB, which an L1 of up to 256 KiB can keep for a few blocks of the 32 that an SM holds,
-  not for all. So: fewer bytes from device memory than k01, whose sweeps over k are whole images
-  apart.
-- The requests stay what they were: 8 lanes of 32, 8 sectors a load, of each 4 bytes used.
-- Seen from the bottleneck, the number of load requests, nothing has changed at all: one request
-  each for x and w, per product, per quarter-full warp.
+- The requests stay what they were: 8 lanes of 32, 8 sectors a load of x, 1 of w. So L1 bounds it
+  as it bounds k01: 1.3 s.
+- The input window of a block, 8 images * 64 channels * 3 rows of a sector, 48 KB, is wanted again
+  for each of 128 output channels. 4224 blocks in flight want 207 MB, L2 has 50: part of it comes
+  from device memory every time, where k01 reads each row a few times a sweep.
 
-What limits it now: the load pipe, one 8-lane request for 8 products. k03 turns the lanes along
-the width, where the addresses are neighbours.
+Measured: notebook 01, from figures/data. Slower than k01 by a sixth; 733 GB from device memory in
+place of 441.
+
+What limits it now: L1 as before, and waiting for what the caches could not keep. k03 turns the
+lanes along the width, where the addresses are neighbours.
 """
 
 from asymconv.kernels.rung import Rung, launch_limits

@@ -1,0 +1,190 @@
+"""Figures and tables: true to their record, the same bytes everywhere, colours that stay apart."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asymconv import drawings, plots, record, tables
+from asymconv.kernels import RUNGS
+from asymconv.measure import Timing
+from asymconv.problem import CONTRACT
+from asymconv.study import ROOT
+
+MADE = {
+    "gpu": "a GPU of this test",
+    "date": "today",
+    "revision": "none",
+    "torch": "0",
+    "cuda": "0",
+    "cudnn": "0",
+}
+
+
+def timing(name: str, kind: str, ms: float, **more: object) -> Timing:
+    more = {"error": 1e-7, "flops": CONTRACT.flops, "bytes": CONTRACT.least_bytes} | more
+    return Timing(name, kind, "fp32", (ms, ms, ms), **more)
+
+
+@pytest.fixture
+def sample() -> record.Record:
+    """Round numbers: the default peer 4 ms, the floor 1 ms, one rung at 400, another at 2."""
+    ceilings = [timing("memory floor", "ceiling", 1.0), timing("copy", "ceiling", 1.0)]
+    ceilings += [
+        timing(f"matmul {p}", "ceiling", ms, flops=2 * 8192**3, bytes=0)
+        for p, ms in (("fp16", 1.5), ("tf32", 3.0), ("fp32", 21.0))
+    ]
+    return record.Record(
+        "a test",
+        CONTRACT,
+        MADE,
+        (
+            timing("k01_block_per_output", "rung", 400.0),
+            timing("k07_hopper_ring", "rung", 2.0),
+            timing("nn.Conv2d", "peer", 4.0),
+            timing("nn.Conv2d, strict fp32", "peer", 14.0),
+            *ceilings,
+        ),
+        {},
+    )
+
+
+def test_committed_figures_are_what_the_records_give(tmp_path: Path) -> None:
+    drawn = plots.draw_all(tmp_path)
+    assert {p.name for p in drawn} == {p.name for p in (ROOT / "figures").glob("*.svg")}
+    for path in drawn:
+        committed = (ROOT / "figures" / path.name).read_text()
+        assert path.read_text() == committed, f"{path.name}: run `asymconv figures`"
+
+
+def test_the_readmes_table_is_what_the_record_gives() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert tables.with_table(readme, record.load(record.LADDER)) == readme, "run `asymconv figures`"
+
+
+def test_the_same_bytes_in_another_process() -> None:
+    code = "from asymconv.plots import *; print(svg(ladder(records.load())), end='')"
+    texts = []
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
+        texts.append(done.stdout)
+    assert texts[0] == texts[1] == (ROOT / "figures" / "ladder.svg").read_text()
+
+
+@pytest.mark.parametrize("draw", [plots.ladder, plots.roofline])
+def test_figures_say_what_they_show(draw, sample: record.Record) -> None:
+    text = plots.svg(draw(sample))
+    assert "a GPU of this test" in text
+    assert "ladder.json" in text
+    assert "git none" in text
+    assert "k07" in text
+
+
+def test_the_ladders_title_states_the_finding(sample: record.Record) -> None:
+    text = plots.svg(plots.ladder(sample))
+    assert "k07 needs 2.00 ms, nn.Conv2d 4.00 ms" in text
+    assert "200 times faster than k01" in text
+
+
+def test_the_tables_numbers(sample: record.Record) -> None:
+    rows = {row[0]: row for row in tables.ladder_rows(sample)}
+    assert rows["k07_hopper_ring"][2:] == ("2", "2", "50 %", "1.0e-07")
+    assert rows["k01_block_per_output"][2:] == ("400", "0.01", "0.25 %", "1.0e-07")
+
+
+def test_a_readme_without_markers_is_refused(sample: record.Record) -> None:
+    for text in ("", tables.BEGIN, tables.END + tables.BEGIN, (tables.BEGIN + tables.END) * 2):
+        with pytest.raises(ValueError, match="once each"):
+            tables.with_table(text, sample)
+    done = tables.with_table(f"a{tables.BEGIN}old{tables.END}z", sample)
+    assert done.startswith("a" + tables.BEGIN)
+    assert done.endswith(tables.END + "z")
+    assert "old" not in done
+    assert tables.with_table(done, sample) == done
+
+
+def test_a_request_counts_its_sectors_and_bytes() -> None:
+    for offsets, size, sectors, used in [
+        ([4 * lane for lane in range(32)], 4, 4, 128),
+        ([4 * lane + 4 for lane in range(32)], 4, 5, 128),
+        ([128 * lane for lane in range(32)], 4, 32, 128),
+        ([16 * lane for lane in range(32)], 16, 16, 512),
+        ([0] * 32, 4, 1, 4),
+        ([0, None, 64] + [None] * 29, 4, 2, 8),
+    ]:
+        request = plots.Request("load x", offsets, size)
+        assert len(request.sectors()) == sectors
+        assert request.used_bytes() == used
+    assert "5 sectors" in plots.svg(
+        plots.sectors([plots.Request("load x", [4 * n + 4 for n in range(32)])], "k03", "a test")
+    )
+    with pytest.raises(ValueError, match="no request"):
+        plots.sectors([], "k03", "a test")
+
+
+def _linear(colour: str) -> list[float]:
+    values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1 (10.1109/TVCG.2009.113), on linear RGB
+SIGHT = {
+    "normal": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+}
+
+
+def _seen(colour: str, sight: list[list[float]]) -> tuple[float, ...]:
+    """A colour in CIE L*a*b* (D65) as eyes of this kind see it."""
+    rgb = _linear(colour)
+    r, g, b = (max(0.0, sum(m * c for m, c in zip(row, rgb, strict=True))) for row in sight)
+    x = (0.4124 * r + 0.3576 * g + 0.1805 * b) / 0.9505
+    y = 0.2126 * r + 0.7152 * g + 0.0722 * b
+    z = (0.0193 * r + 0.1192 * g + 0.9505 * b) / 1.089
+    x, y, z = (v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in (x, y, z))
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+def test_colours_stay_apart(sight: str) -> None:
+    """A difference of 10 in L*a*b* is plain to see; 2.3 can just be seen."""
+    names = list(plots.MARKERS)
+    for i, one in enumerate(names):
+        for other in names[:i]:
+            a, b = (_seen(plots.COLOURS[n], SIGHT[sight]) for n in (one, other))
+            distance = sum((p - q) ** 2 for p, q in zip(a, b, strict=True)) ** 0.5
+            assert distance >= 10, (one, other, distance)
+    assert len(set(plots.MARKERS.values())) == len(names)
+    assert len(set(plots.COLOURS.values())) == len(plots.COLOURS)
+
+
+def test_every_method_of_the_record_has_a_colour() -> None:
+    for measured in record.load(record.LADDER).timings:
+        assert plots.colour(measured.name)
+    for rung in RUNGS:
+        assert rung.number in plots.MARKERS
+
+
+def test_the_layers_picture_shows_its_sizes() -> None:
+    text = plots.svg(drawings.layer(CONTRACT))
+    for word in ("1024 columns", "1022 columns", "input: 64 channels", "533,729,280 outputs"):
+        assert word in text
