@@ -24,6 +24,8 @@ ODD_SHAPES = [
     ConvShape(1, 8, 11, 10, 8, kernel=(1, 5), dilation=(1, 2), groups=8, bias=True),
     ConvShape(2, 5, 12, 37, 9, kernel=(5, 3), stride=(3, 1), padding=(4, 0), dilation=(2, 3)),
     ConvShape(8, 7, 6, 70, 17),
+    ConvShape(1, 6, 9, 140, 70, padding=1, bias=True),  # several tiles, rows on 16 bytes
+    ConvShape(2, 10, 7, 261, 9, padding=(0, 2), groups=2),
 ]
 
 
@@ -40,7 +42,11 @@ def shapes(draw: st.DrawFn) -> ConvShape:
     """Small convolutions of every kind, odd sizes and borders included."""
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
     two = lambda low, high: st.tuples(st.integers(low, high), st.integers(low, high))  # noqa: E731
-    kernel, dilation, padding = draw(two(1, 4)), draw(two(1, 3)), draw(two(0, 3))
+    padding = draw(two(0, 3))
+    if draw(st.booleans()):  # the usual kind, which some rungs are made for
+        kernel, stride, dilation = (3, 3), (1, 1), (1, 1)
+    else:
+        kernel, stride, dilation = draw(two(1, 4)), draw(two(1, 3)), draw(two(1, 3))
     size = draw(two(1, 20))
     for axis in range(2):
         assume(size[axis] + 2 * padding[axis] >= dilation[axis] * (kernel[axis] - 1) + 1)
@@ -51,7 +57,7 @@ def shapes(draw: st.DrawFn) -> ConvShape:
         width=draw(st.integers(size[1], 40)),
         out_channels=groups * draw(st.integers(1, 6)),
         kernel=kernel,
-        stride=draw(two(1, 3)),
+        stride=stride,
         padding=padding,
         dilation=dilation,
         groups=groups,

@@ -1,11 +1,20 @@
 """The ladder: `RUNGS` is the one ordered list of kernels. A new rung is a file and a line here."""
 
-from asymconv.kernels import k01_block_per_output, k02_block_per_pixel
+from asymconv.kernels import (
+    k01_block_per_output,
+    k02_block_per_pixel,
+    k03_coalesced,
+    k04_shared_tile,
+    k05_register_tile,
+)
 from asymconv.kernels.rung import ConvStruct, Precision, Rung
 
 RUNGS: tuple[Rung, ...] = (
     k01_block_per_output.RUNG,
     k02_block_per_pixel.RUNG,
+    k03_coalesced.RUNG,
+    k04_shared_tile.RUNG,
+    k05_register_tile.RUNG,
 )
 
 

@@ -1,0 +1,229 @@
+"""k05: a tile of outputs in the registers of each thread, copies that overlap arithmetic.
+
+What the last rung was limited by: five shared-memory requests for every sixteen products.
+
+What it changes: a thread computes THREAD_K channels of THREAD_H x 4 pixels, by default 8 * 4 * 4 =
+128 outputs, all in registers. For each input channel it reads (4 + 2) rows of 4 + 2 values as
+float4, once, and the taps' weights as float4, the same for all lanes: the 3x3 taps slide over
+registers. Two stages of shared memory: cp.async fills the next CHUNK_C channels while this one is
+being used, so that no thread waits for L2.
+
+What it predicts, on the contract's shape:
+
+- For each channel a thread does 9 * 128 = 1152 products on 12 + 18 float4 reads: 2.6 % as many
+  loads as products; k04 had 31 %. A warp's 12 input reads take 4 wavefronts each (512 bytes), its
+  18 weight reads one: 66 for 1152 FMAs, and four warps share a wavefront a cycle: 264 cycles of
+  shared memory in 1152 of arithmetic. Shared memory is no limit any more.
+- float4 reads of neighbouring lanes are neighbouring: no bank conflicts.
+- Registers: 128 sums, 6 * 8 inputs, 8 weights, and addresses: about 200. One block of 256 threads
+  an SM (8 warps, an occupancy of 1/8) is enough: 1152 FMAs in a row depend on nothing but
+  themselves.
+- Bytes: a tile of 4 rows reads 6, for each of two halves of the channels: 3 * 1.07 GB from L2, a
+  millisecond beside 12.
+- Time: 9.6 billion warp-FMAs at one a cycle for each of 4 * 132 schedulers at 1980 MHz are 9.2 ms;
+  with 5 % of other instructions, and the clock that the GPU's power allows under such a load
+  (the fp32 matrix product reaches 51 of 67 TFLOP/s), 12 to 13 ms.
+
+What limits it now: the fp32 units themselves. Faster means other arithmetic: tensor cores, k06.
+"""
+
+from asymconv.kernels.ptx import CP_ASYNC
+from asymconv.kernels.rung import Rung, launch_limits
+from asymconv.problem import ConvShape
+
+DEFINES = {
+    "BLOCK_K": 64,
+    "THREAD_K": 8,
+    "THREAD_H": 4,
+    "WARPS_H": 1,
+    "CHUNK_C": 4,
+    "MIN_BLOCKS": 1,
+}
+
+SOURCE = (
+    CP_ASYNC
+    + r"""
+// A warp: THREAD_K channels, THREAD_H rows, 32 * 4 columns. A block: BLOCK_K / THREAD_K by WARPS_H
+// warps.
+constexpr int R = 3, S = 3, THREAD_W = 4;
+constexpr int TILE_W = 32 * THREAD_W, TILE_H = THREAD_H * WARPS_H;
+constexpr int WARPS_K = BLOCK_K / THREAD_K, THREADS = 32 * WARPS_K * WARPS_H;
+static_assert(BLOCK_K % THREAD_K == 0 && THREAD_K % 4 == 0, "weights are read as float4");
+static_assert(THREADS <= 1024, "a block has at most 1024 threads");
+
+// Shared memory, in floats. Rows start on 16 bytes; the weights' pitch is off by 4 words, so that
+// writing them tap by tap meets 8 banks and not one.
+constexpr int ROWS = TILE_H + R - 1, PITCH = TILE_W + 8;
+constexpr int PITCH_K = BLOCK_K + 4;
+constexpr int INPUT = CHUNK_C * ROWS * PITCH, WEIGHTS = CHUNK_C * R * S * PITCH_K;
+constexpr int STAGE = INPUT + WEIGHTS;
+constexpr int SHARED_BYTES = 2 * STAGE * sizeof(float);
+static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than a block can have");
+
+// What a block computes: channels k0.. of a group, the tile at (oh0, ow0) of image n.
+struct Place {
+  int group, k0, oh0, ow0, n;
+};
+
+// Starts the copies of CHUNK_C channels from c0 on into one stage. What lies outside the image,
+// the group's channels or filters becomes zero.
+template <bool WIDE>  // rows of the input start on 16 bytes: copy four columns at a time
+__device__ __forceinline__ void copy_stage(float* stage, const float* __restrict__ x,
+                                           const float* __restrict__ w, const Conv& c,
+                                           const Place& at, int c0) {
+  const int channels = c.C / c.groups, filters = c.K / c.groups;
+  const float* const image = x + ((long long)at.n * c.C + (long long)at.group * channels) * c.H * c.W;
+  constexpr int STEP = WIDE ? 4 : 1, COLUMNS = (TILE_W + S - 1 + STEP - 1) / STEP;
+  for (int i = threadIdx.x; i < CHUNK_C * ROWS * COLUMNS; i += THREADS) {
+    const int column = i % COLUMNS * STEP, row = i / COLUMNS % ROWS, ci = i / (COLUMNS * ROWS);
+    const int ih = at.oh0 - c.pad_h + row, iw = at.ow0 - c.pad_w + column;
+    const bool inside = c0 + ci < channels && ih >= 0 && ih < c.H && iw >= 0 && iw < c.W;
+    const float* from = inside ? image + ((long long)(c0 + ci) * c.H + ih) * c.W + iw : x;
+    float* to = stage + (ci * ROWS + row) * PITCH + column;
+    if (WIDE) {
+      cp_async_16(to, from, inside ? 4 * min(4, c.W - iw) : 0);
+    } else {
+      cp_async_4(to, from, inside ? 4 : 0);
+    }
+  }
+  // w is (filter, channel, tap), tap fastest; shared memory wants the filter fastest
+  const float* const filter = w + ((long long)at.group * filters + at.k0) * channels * R * S;
+  for (int i = threadIdx.x; i < BLOCK_K * CHUNK_C * R * S; i += THREADS) {
+    const int tap = i % (CHUNK_C * R * S), k = i / (CHUNK_C * R * S);  // tap of channel, together
+    const bool inside = c0 + tap / (R * S) < channels && at.k0 + k < filters;
+    const float* from = inside ? filter + ((long long)k * channels + c0) * R * S + tap : w;
+    cp_async_4(stage + INPUT + tap * PITCH_K + k, from, inside ? 4 : 0);
+  }
+}
+
+template <bool WIDE>
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    conv2d_register_tile(const float* __restrict__ x, const float* __restrict__ w,
+                         const float* __restrict__ bias, float* __restrict__ y, const Conv c) {
+  extern __shared__ __align__(16) float shared[];
+  const int channels = c.C / c.groups, filters = c.K / c.groups;
+  const int blocks_k = (filters + BLOCK_K - 1) / BLOCK_K;
+  const int tiles_w = (c.OW + TILE_W - 1) / TILE_W;
+  // the channel block is the fastest index: the blocks that share a tile of the input run together
+  const int tile = blockIdx.x / (blocks_k * c.groups), of_k = blockIdx.x % (blocks_k * c.groups);
+  const Place at = {of_k / blocks_k, of_k % blocks_k * BLOCK_K, tile / tiles_w * TILE_H,
+                    tile % tiles_w * TILE_W, (int)blockIdx.y};
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int my_k = warp % WARPS_K * THREAD_K, my_row = warp / WARPS_K * THREAD_H;
+
+  float sum[THREAD_K][THREAD_H][THREAD_W] = {};
+  copy_stage<WIDE>(shared, x, w, c, at, 0);
+  cp_async_commit();
+  for (int c0 = 0, turn = 0; c0 < channels; c0 += CHUNK_C, turn ^= 1) {
+    if (c0 + CHUNK_C < channels) {
+      copy_stage<WIDE>(shared + (turn ^ 1) * STAGE, x, w, c, at, c0 + CHUNK_C);
+    }
+    cp_async_commit();
+    cp_async_wait<1>();  // this turn's stage is here, for this thread
+    __syncthreads();     // and for all
+
+    const float* const input = shared + turn * STAGE + my_row * PITCH + lane * THREAD_W;
+    const float* const weights = shared + turn * STAGE + INPUT + my_k;
+    #pragma unroll 1
+    for (int ci = 0; ci < CHUNK_C; ++ci) {
+      float value[THREAD_H + R - 1][2 * THREAD_W];  // 4 + 2 are used
+      #pragma unroll
+      for (int h = 0; h < THREAD_H + R - 1; ++h) {
+        const float4* const from =
+            reinterpret_cast<const float4*>(input + (ci * ROWS + h) * PITCH);
+        *reinterpret_cast<float4*>(&value[h][0]) = from[0];
+        *reinterpret_cast<float4*>(&value[h][4]) = from[1];
+      }
+      #pragma unroll
+      for (int tap = 0; tap < R * S; ++tap) {
+        float weight[THREAD_K];
+        #pragma unroll
+        for (int k = 0; k < THREAD_K; k += 4) {
+          *reinterpret_cast<float4*>(&weight[k]) =
+              *reinterpret_cast<const float4*>(weights + (ci * R * S + tap) * PITCH_K + k);
+        }
+        #pragma unroll
+        for (int k = 0; k < THREAD_K; ++k) {
+          #pragma unroll
+          for (int h = 0; h < THREAD_H; ++h) {
+            #pragma unroll
+            for (int p = 0; p < THREAD_W; ++p) {
+              sum[k][h][p] = fmaf(value[h + tap / S][p + tap % S], weight[k], sum[k][h][p]);
+            }
+          }
+        }
+      }
+    }
+    __syncthreads();  // all have read the stage: the turn after next may fill it
+  }
+
+  const int ow = at.ow0 + lane * THREAD_W;
+  const bool pairs = c.OW % 2 == 0 && ow + THREAD_W <= c.OW;  // rows start on 8 bytes
+  #pragma unroll
+  for (int k = 0; k < THREAD_K; ++k) {
+    if (at.k0 + my_k + k >= filters) break;
+    const long long channel = (long long)at.group * filters + at.k0 + my_k + k;
+    const float offset = bias ? bias[channel] : 0.0f;
+    #pragma unroll
+    for (int h = 0; h < THREAD_H; ++h) {
+      const int oh = at.oh0 + my_row + h;
+      if (oh >= c.OH) break;
+      float* const out = y + (((long long)at.n * c.K + channel) * c.OH + oh) * c.OW + ow;
+      if (pairs) {
+        const float* const v = sum[k][h];
+        reinterpret_cast<float2*>(out)[0] = make_float2(v[0] + offset, v[1] + offset);
+        reinterpret_cast<float2*>(out)[1] = make_float2(v[2] + offset, v[3] + offset);
+      } else {
+        #pragma unroll
+        for (int p = 0; p < THREAD_W; ++p) {
+          if (ow + p < c.OW) out[p] = sum[k][h][p] + offset;
+        }
+      }
+    }
+  }
+}
+
+template <bool WIDE>
+static int launch(const float* x, const float* w, const float* bias, float* y, const Conv& c,
+                  cudaStream_t stream) {
+  const int tiles_h = (c.OH + TILE_H - 1) / TILE_H, tiles_w = (c.OW + TILE_W - 1) / TILE_W;
+  const int blocks_k = (c.K / c.groups + BLOCK_K - 1) / BLOCK_K * c.groups;
+  const dim3 grid(tiles_h * tiles_w * blocks_k, c.N);
+  const cudaError_t error = cudaFuncSetAttribute(
+      conv2d_register_tile<WIDE>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
+  if (error != cudaSuccess) return (int)error;
+  conv2d_register_tile<WIDE><<<grid, THREADS, SHARED_BYTES, stream>>>(x, w, bias, y, c);
+  return (int)cudaGetLastError();
+}
+
+extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
+                               const Conv* c, void* stream) {
+  const bool wide = c->W % 4 == 0 && c->pad_w % 4 == 0 && (unsigned long long)x % 16 == 0;
+  return wide ? launch<true>(x, w, bias, y, *c, (cudaStream_t)stream)
+              : launch<false>(x, w, bias, y, *c, (cudaStream_t)stream);
+}
+"""
+)
+
+
+def refuses(shape: ConvShape) -> str | None:
+    """3x3 kernels of stride and dilation 1; any padding, groups, sizes and bias."""
+    if shape.kernel != (3, 3) or shape.stride != (1, 1) or shape.dilation != (1, 1):
+        return f"its register tile is made for 3×3, stride 1, dilation 1 ({shape})"
+    tile_h = DEFINES["THREAD_H"] * DEFINES["WARPS_H"]
+    tiles = -(-shape.out_height // tile_h) * -(-shape.out_width // 128)
+    blocks_k = -(-shape.out_channels // shape.groups // DEFINES["BLOCK_K"]) * shape.groups
+    return launch_limits(
+        shape, block=256, grid=(tiles * blocks_k, shape.batch, 1), what="a block a tile"
+    )
+
+
+RUNG = Rung(
+    name="k05_register_tile",
+    idea="128 outputs in a thread's registers, copies that overlap arithmetic",
+    notebook="04_registers",
+    source=SOURCE,
+    refuses=refuses,
+    capability=(8, 0),
+    defines=DEFINES,
+)
