@@ -101,11 +101,8 @@ def significant(value: float) -> str:
     """A positive number with three significant digits, or all digits before the point."""
     if value <= 0:
         return f"{value:g}"
-    digits = max(0, 2 - math.floor(math.log10(value)))
-    text = f"{value:.{digits}f}"
-    if digits and value >= 1 and len(text.replace(".", "")) > 3:  # 9.999 became 10.00
-        text = text[:-1].rstrip(".")
-    return text
+    rounded = float(f"{value:.2e}")  # 9.999 is 10.0, not 10.00
+    return f"{value:.{max(0, 2 - math.floor(math.log10(rounded)))}f}"
 
 
 def milliseconds(value: float) -> str:
@@ -127,7 +124,11 @@ WIDTH = 648.0  # points; 9 inches, 900 pixels at 100 dpi
 MARGIN = 14.0
 INK, SOFT, FAINT = "#1A1A1A", "#5A5A5A", "#DCDCDC"
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 13.0, 10.0, 9.0
-TITLE_CHARS, SMALL_CHARS = 76, 116  # what fits in a line, by the widths of DejaVu Sans
+TITLE_CHARS, TEXT_CHARS, SMALL_CHARS = (
+    76,
+    106,
+    116,
+)  # what fits in a line, by the widths of DejaVu Sans
 
 STYLE = {
     "font.family": ["sans-serif"],
@@ -172,7 +173,7 @@ def page(
         The figure, and bottom and top of the caller's part in points from the figure's foot.
     """
     heads = textwrap.wrap(title, TITLE_CHARS)
-    subs = textwrap.wrap(subtitle, SMALL_CHARS - 14)
+    subs = textwrap.wrap(subtitle, TEXT_CHARS)
     feet = [line for text in small_print for line in textwrap.wrap(text, SMALL_CHARS)]
     head_height = MARGIN + 17 * len(heads) + 14 * len(subs) + 4
     foot_height = MARGIN + 12 * len(feet)
@@ -216,7 +217,8 @@ def _note(
     size = float(style.setdefault("fontsize", SMALL_SIZE))  # type: ignore[arg-type]
     ha = style.setdefault("ha", "left")
     if backed:
-        width = 0.62 * size * len(text) + 2
+        wide = 0.66 if style.get("fontweight") == "bold" else 0.58
+        width = wide * size * len(text) + 2
         start = {"left": 0.0, "right": -width, "center": -width / 2}[str(ha)]
         at = ScaledTranslation(x, y, axes.transData)
         inches = Affine2D().scale(1 / 72) + axes.figure.dpi_scale_trans
@@ -224,7 +226,7 @@ def _note(
             Rectangle(
                 (dx + start - 1, dy - 0.3 * size),
                 width,
-                1.35 * size,
+                1.2 * size,
                 transform=inches + at,
                 facecolor="white",
                 linewidth=0,
@@ -320,14 +322,13 @@ def _ladder_finding(record: Record) -> tuple[str, str]:
     title = f"{short_name(best.name)} needs {times}: {comparison}"
     first = record.of_kind("rung")[0]
     subtitle = (
-        f"Moving the bytes alone takes {milliseconds(floor.median)}, the memory floor; "
-        f"{short_name(best.name)} takes {significant(best.median / floor.median)} times that."
+        f"Moving the bytes alone takes {milliseconds(floor.median)}; "
+        f"{short_name(best.name)} takes {significant(best.median / floor.median)} times that"
     )
     if first is not best:
         gain = significant(first.median / best.median)
-        names = f"{short_name(best.name)} is {gain} times faster than {short_name(first.name)}"
-        subtitle = f"{names}. {subtitle}"
-    return title, subtitle
+        subtitle += f" and is {gain} times faster than {short_name(first.name)}"
+    return title, subtitle + "."
 
 
 def ladder(record: Record, source: str = records.LADDER.name) -> Figure:
@@ -456,8 +457,8 @@ def roofline(
         points.append((timing, shape.flops / (counted or shape.least_bytes), counted is not None))
     with style():
         body = 330.0
-        figure, bottom, _top = page(body + 12 + 42, title, subtitle, _small_print(record, source))
-        left, width = 62.0, WIDTH - 62.0 - MARGIN
+        figure, bottom, _top = page(body + 22 + 42, title, subtitle, _small_print(record, source))
+        left, width = 62.0, WIDTH - 62.0 - 2 * MARGIN
         axes = axes_at(figure, left, bottom + 42, width, body)
         roofs = {name: record[name].tflops for name in ROOFS}
         low_x = 10.0 ** math.floor(math.log10(min(5.0, *(x for _, x, _ in points)) * 0.999))
@@ -512,13 +513,13 @@ def _draw_roofs(axes: Axes, bandwidth: float, roofs: Mapping[str, float]) -> Non
     for name, rate in roofs.items():
         axes.plot([rate / bandwidth, high_x], [rate, rate], color=colour(name), linewidth=2)
         text = f"{name}, {significant(rate)}"
-        _note(axes, high_x, rate, text, dy=4, ha="right", color=SOFT)
+        _note(axes, high_x, rate, text, dy=4, ha="right", color=SOFT, backed=True)
 
 
 # --- one warp's addresses ------------------------------------------------------------------------
 
 SECTOR, LINE = 32, 128  # bytes: what memory transfers, and the piece of it that a cache tag names
-_LINES_A_ROW = 8
+_FEW, _MANY = 4, 8  # lines drawn side by side
 
 
 class Request(NamedTuple):
@@ -588,13 +589,12 @@ def sectors(
         if not request.lanes():
             raise ValueError(f"no lane takes part in {request.label!r}")
     if title is None:
-        counts = [f"{r.label}: {_plural(len(r.sectors()), 'sector')}" for r in requests]
-        title = f"{short_name(method)}, one request of a warp. " + "; ".join(counts)
+        found = [f"{r.label}: {_plural(len(r.sectors()), 'sector')}" for r in requests]
+        title = f"{short_name(method)}, one request of a warp. " + "; ".join(found)
     row_height, head_height = 58.0, 24.0
-    heights = []
-    for request in requests:
-        lines = len({s * SECTOR // LINE for s in request.sectors()})
-        heights.append(head_height + row_height * math.ceil(lines / _LINES_A_ROW))
+    counts = [len({s * SECTOR // LINE for s in r.sectors()}) for r in requests]
+    across = _FEW if max(counts) <= _FEW else _MANY
+    heights = [head_height + row_height * math.ceil(count / across) for count in counts]
     with style():
         figure, bottom, top = page(
             sum(heights) + 34,
@@ -608,13 +608,13 @@ def sectors(
         axes.set_ylim(0, top - bottom)
         y = top - bottom - 4
         for request, height in zip(requests, heights, strict=True):
-            _draw_request(axes, request, y, colour(method), head_height, row_height)
+            _draw_request(axes, request, y, colour(method), across, head_height, row_height)
             y -= height
         _draw_key(axes, colour(method))
     return figure
 
 
-_FETCHED = "#F3E3BF"
+_FETCHED = "#E9E9E9"
 
 
 def _box(axes: Axes, x: float, y: float, width: float, height: float, **style: object) -> None:
@@ -622,9 +622,15 @@ def _box(axes: Axes, x: float, y: float, width: float, height: float, **style: o
 
 
 def _draw_request(
-    axes: Axes, request: Request, top: float, ink: str, head_height: float, row_height: float
+    axes: Axes,
+    request: Request,
+    top: float,
+    ink: str,
+    across: int,
+    head_height: float,
+    row_height: float,
 ) -> None:
-    """One request's lines, in rows; `top` in points."""
+    """One request's lines, in rows of `across`; `top` and heights in points."""
     fetched = request.sectors()
     used, active = request.used_bytes(), len(request.lanes())
     share = used / (SECTOR * len(fetched))
@@ -635,11 +641,11 @@ def _draw_request(
     )
     _note(axes, WIDTH - MARGIN, top - 12, facts, ha="right", color=SOFT, fontsize=TEXT_SIZE)
     lines = sorted({sector * SECTOR // LINE for sector in fetched})
-    pitch = (WIDTH - 2 * MARGIN) / _LINES_A_ROW
+    pitch = (WIDTH - 2 * MARGIN + 10) / across
     width, height = pitch - 10, 18.0
     a_byte = width / LINE
     for index, line in enumerate(lines):
-        row, column = divmod(index, _LINES_A_ROW)
+        row, column = divmod(index, across)
         x = MARGIN + column * pitch
         y = top - head_height - row * row_height - 14 - height
         start = line * LINE
@@ -659,7 +665,7 @@ def _draw_request(
                 here.append(lane)
                 at = x + (first - start) * a_byte
                 size = (last - first) * a_byte
-                _box(axes, at, y, size, height, facecolor=ink, edgecolor="white", linewidth=0.3)
+                _box(axes, at, y, size, height, facecolor=ink, edgecolor=INK, linewidth=0.35)
         lanes = _ranges(here)
         if len(lanes) > 10:
             lanes = f"{len(here)} lanes"

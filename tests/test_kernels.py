@@ -25,7 +25,7 @@ ODD_SHAPES = [
     ConvShape(2, 5, 12, 37, 9, kernel=(5, 3), stride=(3, 1), padding=(4, 0), dilation=(2, 3)),
     ConvShape(8, 7, 6, 70, 17),
     ConvShape(1, 6, 9, 140, 70, padding=1, bias=True),  # several tiles, rows on 16 bytes
-    ConvShape(2, 10, 7, 261, 9, padding=(0, 2), groups=2),
+    ConvShape(2, 10, 7, 261, 6, padding=(0, 2), groups=2),
 ]
 
 

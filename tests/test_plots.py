@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -94,6 +95,39 @@ def test_the_ladders_title_states_the_finding(sample: record.Record) -> None:
     text = plots.svg(plots.ladder(sample))
     assert "k07 needs 2.00 ms, nn.Conv2d 4.00 ms" in text
     assert "200 times faster than k01" in text
+
+
+def test_the_ladders_title_is_true_of_a_slow_ladder(sample: record.Record) -> None:
+    timings = tuple(t for t in sample.timings if t.name != "k07_hopper_ring")
+    text = plots.svg(plots.ladder(dataclasses.replace(sample, timings=timings)))
+    assert "k01 needs 400 ms, nn.Conv2d 4.00 ms: a factor of 100" in text
+    assert "k01 takes 400 times that." in text
+
+
+def test_the_roofline_stands_at_counted_bytes(sample: record.Record) -> None:
+    allowed = CONTRACT.flops / 1e9  # TFLOP/s if the least bytes take the copy's 1 ms
+    assert f"Memory allows {allowed:.0f} TFLOP/s here: k07 reaches 307" in plots.svg(
+        plots.roofline(sample)
+    )
+    [axes] = plots.roofline(sample, {"k01": 10 * CONTRACT.least_bytes}).axes
+    at = {(m.get_marker(), m.get_xdata()[0]) for m in axes.lines if len(m.get_xdata()) == 1}
+    assert (plots.MARKERS["k01"], CONTRACT.intensity / 10) in at
+    assert (plots.MARKERS["k07"], CONTRACT.intensity) in at
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (2112.4, "2112"),
+        (999.6, "1000"),
+        (14.32, "14.3"),
+        (9.999, "10.0"),
+        (0.9996, "1.00"),
+        (0, "0"),
+    ],
+)
+def test_numbers_have_three_digits(value: float, text: str) -> None:
+    assert plots.significant(value) == text
 
 
 def test_the_tables_numbers(sample: record.Record) -> None:

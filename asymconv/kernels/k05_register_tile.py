@@ -34,9 +34,9 @@ from asymconv.problem import ConvShape
 DEFINES = {
     "BLOCK_K": 64,
     "THREAD_K": 8,
-    "THREAD_H": 4,
+    "THREAD_H": 5,
     "WARPS_H": 1,
-    "CHUNK_C": 4,
+    "CHUNK_C": 8,
     "MIN_BLOCKS": 1,
 }
 
@@ -66,33 +66,42 @@ struct Place {
 };
 
 // Starts the copies of CHUNK_C channels from c0 on into one stage. What lies outside the image,
-// the group's channels or filters becomes zero.
+// the group's channels or filters becomes zero. A warp copies a row, so that all but the column is
+// the same for its lanes: index arithmetic here would cost as much as the products it feeds.
 template <bool WIDE>  // rows of the input start on 16 bytes: copy four columns at a time
 __device__ __forceinline__ void copy_stage(float* stage, const float* __restrict__ x,
                                            const float* __restrict__ w, const Conv& c,
                                            const Place& at, int c0) {
   const int channels = c.C / c.groups, filters = c.K / c.groups;
-  const float* const image = x + ((long long)at.n * c.C + (long long)at.group * channels) * c.H * c.W;
-  constexpr int STEP = WIDE ? 4 : 1, COLUMNS = (TILE_W + S - 1 + STEP - 1) / STEP;
-  for (int i = threadIdx.x; i < CHUNK_C * ROWS * COLUMNS; i += THREADS) {
-    const int column = i % COLUMNS * STEP, row = i / COLUMNS % ROWS, ci = i / (COLUMNS * ROWS);
-    const int ih = at.oh0 - c.pad_h + row, iw = at.ow0 - c.pad_w + column;
-    const bool inside = c0 + ci < channels && ih >= 0 && ih < c.H && iw >= 0 && iw < c.W;
-    const float* from = inside ? image + ((long long)(c0 + ci) * c.H + ih) * c.W + iw : x;
-    float* to = stage + (ci * ROWS + row) * PITCH + column;
-    if (WIDE) {
-      cp_async_16(to, from, inside ? 4 * min(4, c.W - iw) : 0);
-    } else {
-      cp_async_4(to, from, inside ? 4 : 0);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  constexpr int STEP = WIDE ? 4 : 1;
+  for (int i = warp; i < CHUNK_C * ROWS; i += THREADS / 32) {
+    const int ci = c0 + i / ROWS, ih = at.oh0 - c.pad_h + i % ROWS;
+    const long long plane = (long long)at.n * c.C + at.group * channels + ci;
+    const bool row_inside = ci < channels && ih >= 0 && ih < c.H;
+    const float* const row = x + (plane * c.H + ih) * c.W;
+    for (int column = lane * STEP; column < TILE_W + S - 1; column += 32 * STEP) {
+      const int iw = at.ow0 - c.pad_w + column;
+      const bool inside = row_inside && iw >= 0 && iw < c.W;
+      const float* const from = inside ? row + iw : x;
+      if (WIDE) {
+        cp_async_16(stage + i * PITCH + column, from, inside ? 4 * min(4, c.W - iw) : 0);
+      } else {
+        cp_async_4(stage + i * PITCH + column, from, inside ? 4 : 0);
+      }
     }
   }
   // w is (filter, channel, tap), tap fastest; shared memory wants the filter fastest
-  const float* const filter = w + ((long long)at.group * filters + at.k0) * channels * R * S;
-  for (int i = threadIdx.x; i < BLOCK_K * CHUNK_C * R * S; i += THREADS) {
-    const int tap = i % (CHUNK_C * R * S), k = i / (CHUNK_C * R * S);  // tap of channel, together
-    const bool inside = c0 + tap / (R * S) < channels && at.k0 + k < filters;
-    const float* from = inside ? filter + ((long long)k * channels + c0) * R * S + tap : w;
-    cp_async_4(stage + INPUT + tap * PITCH_K + k, from, inside ? 4 : 0);
+  for (int i = threadIdx.x; i < BLOCK_K * CHUNK_C; i += THREADS) {
+    const int ci = i % CHUNK_C, k = i / CHUNK_C;
+    const bool inside = c0 + ci < channels && at.k0 + k < filters;
+    const long long filter = (long long)at.group * filters + at.k0 + k;
+    const float* const from = inside ? w + (filter * channels + c0 + ci) * R * S : w;
+    float* const to = stage + INPUT + ci * R * S * PITCH_K + k;
+    #pragma unroll
+    for (int tap = 0; tap < R * S; ++tap) {
+      cp_async_4(to + tap * PITCH_K, from + (inside ? tap : 0), inside ? 4 : 0);
+    }
   }
 }
 
