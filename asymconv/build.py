@@ -20,6 +20,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -313,14 +315,22 @@ class Kernel:
     """A rung, built: call it with tensors.
 
     Attributes:
-        rung, backend: what was built, and for which.
+        rung, backend, defines: what was built, for which, with which constants not its own.
         key: the cache's name for this very build; a check and a timing both carry it.
         path: the shared library.
     """
 
-    def __init__(self, rung: Rung, backend: Backend, key: str, path: Path) -> None:
+    def __init__(
+        self,
+        rung: Rung,
+        backend: Backend,
+        key: str,
+        path: Path,
+        defines: Mapping[str, int] | None = None,
+    ) -> None:
         self.rung, self.backend, self.key, self.path = rung, backend, key, path
         self.precision = rung.precision
+        self.defines = dict(defines or {})
         if backend == "cuda":
             self._entry = getattr(ctypes.CDLL(str(path)), ENTRY)
             self._entry.argtypes = [ctypes.c_void_p] * 6
@@ -500,4 +510,22 @@ def load(
                 traced = backend == "cpu-traced"
                 for command in cpu.commands(folder, traced=traced, cxx=cxx_compiler()):
                     _run(command, folder)
-    return _loaded.setdefault(key, Kernel(rung, backend, key, final / "kernel.so"))
+    return _loaded.setdefault(key, Kernel(rung, backend, key, final / "kernel.so", defines))
+
+
+def _build_only(name: str, defines: Mapping[str, int]) -> None:
+    from asymconv.kernels import get_rung
+
+    load(get_rung(name), "cuda", defines=defines)
+
+
+def load_all(jobs: Sequence[tuple[Rung, Mapping[str, int]]]) -> list[Kernel]:
+    """CUDA kernels for rungs with their defines, built by as many processes as there are cores.
+
+    Raises what `load` raises.
+    """
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), mp_context=context) as pool:
+        for done in [pool.submit(_build_only, rung.name, defines) for rung, defines in jobs]:
+            done.result()
+    return [load(rung, "cuda", defines=defines) for rung, defines in jobs]

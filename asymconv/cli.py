@@ -84,6 +84,36 @@ def bench(
 
 
 @app.command()
+def sweep(
+    rungs: Annotated[
+        str, typer.Option(help="Rungs whose variants to time, by number, with commas.")
+    ] = "",
+    record: Annotated[bool, typer.Option("--record", help="Write a record.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write it; figures/data/variants.json.")
+    ] = None,
+) -> None:
+    """Check and time rungs with other tile constants, two of the contract's images."""
+    from asymconv import measure
+    from asymconv import record as records
+    from asymconv.problem import CONTRACT
+
+    _need_gpu("sweep")
+    shape = CONTRACT.with_(batch=2)
+    with console.status("building, checking, timing"):
+        timings = measure.check_and_sweep(shape, _rungs(rungs), measure.PEERS)
+    table = Table("rung", "constants", "ms")
+    for timing in timings:
+        constants = " ".join(f"{k}={v}" for k, v in timing.defines.items())
+        table.add_row(timing.name, constants, f"{timing.median:.3f}")
+    console.print(table)
+    if record:
+        path = output or records.VARIANTS
+        records.make("Variants, two images", shape, timings, {}).save(path)
+        console.print(f"record: {path}", soft_wrap=True)
+
+
+@app.command()
 def profile(
     rungs: Annotated[
         str, typer.Option(help="Rungs to profile, by number, with commas; all unless told.")
@@ -93,7 +123,7 @@ def profile(
         Path | None, typer.Option(help="Where to write it; figures/data/counters.json.")
     ] = None,
 ) -> None:
-    """Take the rungs' hardware counters with Nsight Compute, on the contract's shape."""
+    """Take the rungs' hardware counters with Nsight Compute: contract's shape, and a small one."""
     from asymconv import profiler
     from asymconv import record as records
     from asymconv.problem import CONTRACT
@@ -103,12 +133,13 @@ def profile(
     for rung in _rungs(rungs):
         with console.status(f"profiling {rung.name}"):
             try:
-                taken.append(profiler.profile(rung, CONTRACT))
+                taken += [profiler.profile(rung, s) for s in (CONTRACT, profiler.PROOF)]
             except profiler.ProfilerError as error:
                 raise _fail(str(error)) from error
-    table = Table("counter", *(c.name for c in taken))
+    full = [c for c in taken if c.shape == CONTRACT]
+    table = Table("counter", *(c.name.split("_")[0] for c in full))
     for name in profiler.METRICS:
-        table.add_row(name, *(f"{c[name]:,.4g}" for c in taken))
+        table.add_row(name, *(f"{c[name]:,.4g}" for c in full))
     console.print(table)
     if record:
         path = output or profiler.COUNTERS

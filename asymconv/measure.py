@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,6 +85,7 @@ class Timing:
         peak_bytes: device memory beyond input and weights while it ran; the output is in it.
         flops: that it does.
         bytes: that it must move.
+        defines: a rung's tile constants where they are not its own.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Timing:
     peak_bytes: int = 0
     flops: int = 0
     bytes: int = 0
+    defines: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
@@ -147,6 +149,7 @@ class _Runner:
     source_hash: str = ""
     flops: int = 0
     bytes: int = 0
+    defines: Mapping[str, int] = field(default_factory=dict)
     times: list[float] = field(default_factory=list)
     peak: int = 0
 
@@ -161,6 +164,7 @@ class _Runner:
             self.peak,
             self.flops,
             self.bytes,
+            dict(self.defines),
         )
 
 
@@ -228,6 +232,7 @@ def time_methods(
                 source_hash=rung.source_hash if rung else "",
                 flops=shape.flops,
                 bytes=shape.least_bytes,
+                defines=getattr(method, "defines", {}),
             )
         )
     _take_turns(runners, _flush_buffer(shape))
@@ -385,3 +390,15 @@ def check_and_time(
     methods += peers
     checks = [check(method, shape, "cuda") for method in methods]
     return time_methods(methods, checks, shape), left_out
+
+
+def check_and_sweep(shape: ConvShape, rungs: Sequence[Rung], peers: Sequence[Peer]) -> list[Timing]:
+    """Build, check and time the variants of rungs, beside peers, on the current GPU in one run.
+
+    Raises:
+        AssertionError: a variant's result is wrong.
+        BuildError: a variant does not compile.
+    """
+    jobs = [(rung, variant) for rung in rungs for variant in rung.variants]
+    methods: list[Method] = [*build.load_all(jobs), *peers]
+    return time_methods(methods, [check(method, shape, "cuda") for method in methods], shape)

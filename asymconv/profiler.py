@@ -24,7 +24,10 @@ import torch
 from asymconv import build, record
 from asymconv.check import random_data
 from asymconv.kernels import Rung, get_rung
-from asymconv.problem import ConvShape
+from asymconv.problem import CONTRACT, ConvShape
+
+PROOF = ConvShape(8, 8, 20, 132, 16)
+"""A small shape on which the CPU backend's counts are held against a GPU's."""
 
 METRICS: Mapping[str, str] = {
     "global_load_requests": "l1tex__t_requests_pipe_lsu_mem_global_op_ld.sum",
@@ -38,6 +41,7 @@ METRICS: Mapping[str, str] = {
     "shared_store_wavefronts": "l1tex__data_pipe_lsu_wavefronts_mem_shared_op_st.sum",
     "shared_store_conflicts": "l1tex__data_bank_conflicts_pipe_lsu_mem_shared_op_st.sum",
     "async_copy_requests": "smsp__inst_executed_op_ldgsts.sum",
+    "async_copy_sectors": "l1tex__t_sectors_pipe_lsu_mem_global_op_ldgsts_cache_access.sum",
     "l1_hit_percent": "l1tex__t_sector_hit_rate.pct",
     "l2_sectors": "lts__t_sectors_srcunit_tex.sum",
     "l2_hit_percent": "lts__t_sector_hit_rate.pct",
@@ -93,12 +97,16 @@ class Profile:
     made: Mapping[str, str | int]
     counters: tuple[Counters, ...]
 
-    def __getitem__(self, name: str) -> Counters:
-        """The counters of a rung, by name or number. Raises KeyError."""
+    def of(self, name: str, shape: ConvShape) -> Counters:
+        """The counters of a rung, by name or number, on a shape. Raises KeyError."""
         for counters in self.counters:
-            if name in (counters.name, counters.name.split("_", 1)[0]):
+            if counters.shape == shape and name in (counters.name, counters.name.split("_", 1)[0]):
                 return counters
-        raise KeyError(f"no counters of {name!r}; there are {[c.name for c in self.counters]}")
+        raise KeyError(f"no counters of {name!r} on {shape}: {[c.name for c in self.counters]}")
+
+    def __getitem__(self, name: str) -> Counters:
+        """The counters of a rung on the contract's shape. Raises KeyError."""
+        return self.of(name, CONTRACT)
 
     def save(self, path: Path) -> None:
         """Write the record; the file is whole or not there."""
@@ -153,8 +161,13 @@ def _read(lines: str) -> dict[str, float]:
     return values
 
 
-def profile(rung: Rung, shape: ConvShape, timeout: float = 300) -> Counters:
-    """Take one rung's counters on the current GPU.
+def profile(
+    rung: Rung,
+    shape: ConvShape,
+    defines: Mapping[str, int] | None = None,
+    timeout: float = 300,
+) -> Counters:
+    """Take one rung's counters on the current GPU, with tile constants not its own if given.
 
     Raises:
         ProfilerError: no ncu on PATH, no permission for counters, or it failed.
@@ -164,10 +177,11 @@ def profile(rung: Rung, shape: ConvShape, timeout: float = 300) -> Counters:
         raise ProfilerError("no ncu: it comes with the CUDA toolkit (package cuda-nsight-compute)")
     if reason := rung.refuses(shape):
         raise ValueError(f"{rung.name} does not take this shape: {reason}")
-    build.load(rung, "cuda")  # so that ncu does not watch a compiler
+    build.load(rung, "cuda", defines=defines)  # so that ncu does not watch a compiler
     command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv"]
     command += ["--page", "raw", "--metrics", ",".join(METRICS.values())]
     command += [sys.executable, "-m", "asymconv.profiler", rung.name, json.dumps(asdict(shape))]
+    command += [json.dumps(dict(defines or {}))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     if done.returncode:
         raise ProfilerError(
@@ -180,7 +194,7 @@ def _launch_once(arguments: Sequence[str]) -> None:
     """What ncu watches: one call of one rung, between the profiler's start and stop."""
     rung = get_rung(arguments[0])
     shape = _shape(json.loads(arguments[1]))
-    kernel = build.load(rung, "cuda")
+    kernel = build.load(rung, "cuda", defines=json.loads(arguments[2]))
     data = random_data(shape, "cuda")
     out = torch.empty(shape.output_shape, device="cuda")
     torch.cuda.synchronize()

@@ -28,6 +28,9 @@ DATA_FOLDER = Path(__file__).resolve().parent.parent / "figures" / "data"
 LADDER = DATA_FOLDER / "ladder.json"
 """The published record: every rung, the peers and the ceilings on the contract's shape."""
 
+VARIANTS = DATA_FOLDER / "variants.json"
+"""The published record of rungs with other tile constants."""
+
 LADDER_VARIABLE = "ASYMCONV_LADDER"
 """Environment variable: a ladder record to show in place of the published one."""
 

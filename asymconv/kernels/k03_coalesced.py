@@ -106,4 +106,5 @@ RUNG = Rung(
     source=SOURCE,
     refuses=refuses,
     defines={"ALONG_HEIGHT": 0},
+    variants=({"ALONG_HEIGHT": 0}, {"ALONG_HEIGHT": 1}),
 )

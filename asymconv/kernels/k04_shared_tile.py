@@ -7,20 +7,21 @@ of the input under it, TILE_H + 2 by TILE_W + 2 for a 3x3 kernel, and the weight
 channels into shared memory, CHUNK_C channels at a time. Then each thread walks over the taps,
 reads its input value once, and uses it for all BLOCK_K channels.
 
-What it predicts, on the contract's shape, for the tile 4 x 64 and BLOCK_K = 16:
+What it predicts, on the contract's shape, for the tile 8 x 32 and BLOCK_K = 16:
 
-- Halo: (4 + 2) * (64 + 2) / (4 * 64) = 1.55 values copied for each pixel. 8 x 8 would copy 1.56,
-  16 x 16 1.27, 1 x 256 3.02. By bytes alone the square is best; but what is fetched is sectors:
-  a row of 66 floats touches 9 sectors of 8, of 10 floats 2 or 3 of them. Counted in sectors, 8 x 8
-  fetches 2.9 floats for a pixel, 16 x 16 1.7, 4 x 64 1.7, 8 x 32 1.6.
-- The tile is copied once for 16 channels, so 8 times for all 128: 8 * 1.07 GB * 1.7 = 15 GB from
-  L2, 3 ms at its rate. No longer a limit.
+- Halo: (8 + 2) * (32 + 2) / (8 * 32) = 1.33 values copied for each pixel. 8 x 8 copies 1.56,
+  16 x 16 1.27, 1 x 256 3.02. By values alone the square is best; but what is fetched is sectors,
+  and a short row wastes more of its first and last: notebook 03 counts them for every shape.
+- The tile is copied once for 16 channels, so 8 times for all 128: 8 * 1.07 GB * 1.6 = 14 GB from
+  L2, 2 ms at its rate. No longer a limit.
 - For 16 products a thread reads one input value and four times 16 bytes of weights, the same for
-  all lanes: 5 shared-memory requests in place of 32 to L1. 9.6 billion terms / 16 * 5 wavefronts
-  = 12 ms on 132 SMs at 1980 MHz; issuing 9.6 billion FMAs and 3 billion loads takes 12 ms, too.
-  A reading is waited for before it is used, so expect about half of the peak: 20 to 30 ms.
+  all lanes: 5 shared-memory requests in place of 32 to L1. 9.6 billion warp-terms / 16 * 5 = 3.0
+  billion requests, 12 ms at a wavefront each on 132 SMs at 1980 MHz, twice that at two. Issuing
+  9.6 billion FMAs and 3 billion loads takes 12 ms, too. Expect 20 to 30 ms.
 - Lanes along the width read neighbouring words: no bank conflicts while a warp stays in one row.
   With TILE_W = 8 a warp covers four rows, whose pitch of 10 words makes them overlap.
+
+Measured: notebook 03, from figures/data.
 
 What limits it now: the ratio of loads to products, 5 to 16. k05 gives a thread pixels as well.
 """
@@ -28,7 +29,13 @@ What limits it now: the ratio of loads to products, 5 to 16. k05 gives a thread 
 from asymconv.kernels.rung import Rung, launch_limits
 from asymconv.problem import ConvShape
 
-DEFINES = {"TILE_H": 4, "TILE_W": 64, "BLOCK_K": 16, "CHUNK_C": 4}
+DEFINES = {"TILE_H": 8, "TILE_W": 32, "BLOCK_K": 16, "CHUNK_C": 4}
+
+TILES = (
+    *((8, 8), (16, 8), (32, 8), (8, 16), (16, 16), (32, 16), (4, 32), (8, 32), (16, 32)),
+    *((4, 64), (8, 64), (2, 128), (4, 128), (1, 256), (2, 256)),
+)
+"""Heights and widths that are compared."""
 
 SHARED_LIMIT = 48 * 1024  # bytes that a block gets without asking
 
@@ -160,4 +167,5 @@ RUNG = Rung(
     source=SOURCE,
     refuses=refuses,
     defines=DEFINES,
+    variants=tuple({"TILE_H": height, "TILE_W": width} for height, width in TILES),
 )

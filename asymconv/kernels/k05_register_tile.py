@@ -2,29 +2,33 @@
 
 What the last rung was limited by: five shared-memory requests for every sixteen products.
 
-What it changes: a thread computes THREAD_K channels of THREAD_H x 4 pixels, by default 8 * 4 * 4 =
-128 outputs, all in registers. For each input channel it reads (4 + 2) rows of 4 + 2 values as
+What it changes: a thread computes THREAD_K channels of THREAD_H x 4 pixels, by default 8 * 2 * 4 =
+64 outputs, all in registers. For each input channel it reads (2 + 2) rows of 4 + 2 values as
 float4, once, and the taps' weights as float4, the same for all lanes: the 3x3 taps slide over
 registers. Two stages of shared memory: cp.async fills the next CHUNK_C channels while this one is
 being used, so that no thread waits for L2.
 
 What it predicts, on the contract's shape:
 
-- For each channel a thread does 9 * 128 = 1152 products on 12 + 18 float4 reads: 2.6 % as many
-  loads as products; k04 had 31 %. A warp's 12 input reads take 4 wavefronts each (512 bytes), its
-  18 weight reads one: 66 for 1152 FMAs, and four warps share a wavefront a cycle: 264 cycles of
-  shared memory in 1152 of arithmetic. Shared memory is no limit any more.
+- For each channel a thread does 9 * 64 = 576 products on 8 + 18 reads: 4.5 % as many loads as
+  products; k04 had 31 %. A warp's 8 input reads take up to 4 wavefronts each (512 bytes), its 18
+  weight reads 1 or 2: 50 to 68 for 576 FMAs, and the four schedulers of an SM share a wavefront a
+  cycle: 200 to 272 cycles of shared memory in 576 of arithmetic. No limit any more.
 - float4 reads of neighbouring lanes are neighbouring: no bank conflicts.
-- Registers: 128 sums, 6 * 8 inputs, 8 weights, and addresses: about 200. One block of 256 threads
-  an SM (8 warps, an occupancy of 1/8) is enough: 1152 FMAs in a row depend on nothing but
-  themselves.
+- Registers: 64 sums, 4 * 8 inputs, 8 weights, and addresses: about 120. A block of 512 threads has
+  the SM for itself: 16 warps, an occupancy of 1/4, which is enough, since 576 FMAs in a row hide
+  the few loads between them.
 - Bytes: a tile of 4 rows reads 6, for each of two halves of the channels: 3 * 1.07 GB from L2, a
   millisecond beside 12.
-- Time: 9.6 billion warp-FMAs at one a cycle for each of 4 * 132 schedulers at 1980 MHz are 9.2 ms;
-  with 5 % of other instructions, and the clock that the GPU's power allows under such a load
-  (the fp32 matrix product reaches 51 of 67 TFLOP/s), 12 to 13 ms.
+- Time: 9.6 billion warp-FMAs, one a cycle on each of 4 * 132 schedulers at 1980 MHz, are 9.2 ms;
+  with 8 % of other instructions 10. cuBLAS' fp32 matrix product reaches 51 of the 67 TFLOP/s; at
+  its rate 12 ms.
 
-What limits it now: the fp32 units themselves. Faster means other arithmetic: tensor cores, k06.
+Measured: notebook 04, from figures/data: faster than cuDNN in strict fp32, slower than predicted.
+Copying with an index for each element had cost 7 % more than copying by rows: at this rung, index
+arithmetic is what is left to save.
+
+What limits it now: issue slots and the fp32 units. Faster means other arithmetic: tensor cores.
 """
 
 from asymconv.kernels.ptx import CP_ASYNC
@@ -34,11 +38,22 @@ from asymconv.problem import ConvShape
 DEFINES = {
     "BLOCK_K": 64,
     "THREAD_K": 8,
-    "THREAD_H": 5,
-    "WARPS_H": 1,
+    "THREAD_H": 2,
+    "WARPS_H": 2,
     "CHUNK_C": 8,
     "MIN_BLOCKS": 1,
 }
+
+_NAMES = ("BLOCK_K", "THREAD_K", "THREAD_H", "WARPS_H", "CHUNK_C", "MIN_BLOCKS")
+VARIANTS = tuple(
+    dict(zip(_NAMES, values, strict=True))
+    for values in (
+        *((64, 8, 2, 2, 8, 1), (64, 8, 2, 2, 4, 1), (64, 8, 2, 2, 16, 1), (64, 8, 2, 1, 8, 2)),
+        *((64, 8, 3, 1, 8, 1), (64, 8, 4, 1, 8, 1), (64, 8, 4, 1, 16, 1), (64, 8, 5, 1, 8, 1)),
+        *((64, 8, 1, 2, 8, 2), (64, 4, 2, 1, 8, 1), (128, 8, 2, 1, 8, 1), (64, 16, 2, 2, 8, 1)),
+    )
+)
+"""Register tiles, blocks and chunks that are compared."""
 
 SOURCE = (
     CP_ASYNC
@@ -223,16 +238,17 @@ def refuses(shape: ConvShape) -> str | None:
     tiles = -(-shape.out_height // tile_h) * -(-shape.out_width // 128)
     blocks_k = -(-shape.out_channels // shape.groups // DEFINES["BLOCK_K"]) * shape.groups
     return launch_limits(
-        shape, block=256, grid=(tiles * blocks_k, shape.batch, 1), what="a block a tile"
+        shape, block=512, grid=(tiles * blocks_k, shape.batch, 1), what="a block a tile"
     )
 
 
 RUNG = Rung(
     name="k05_register_tile",
-    idea="128 outputs in a thread's registers, copies that overlap arithmetic",
+    idea="64 outputs in a thread's registers, copies that overlap arithmetic",
     notebook="04_registers",
     source=SOURCE,
     refuses=refuses,
     capability=(8, 0),
     defines=DEFINES,
+    variants=VARIANTS,
 )

@@ -83,6 +83,7 @@ class Rung:
         capability: the oldest compute capability that runs it.
         arch: the nvcc architecture it must be built for where one alone will do ("90a").
         defines: tile constants, macros with their values; a build may override them.
+        variants: other values of the defines, to be compared by `asymconv sweep`.
         emulated: whether `asymconv.cpu` can run its text.
     """
 
@@ -95,6 +96,7 @@ class Rung:
     capability: tuple[int, int] = (7, 0)
     arch: str | None = None
     defines: Mapping[str, int] = field(default_factory=dict)
+    variants: tuple[Mapping[str, int], ...] = ()
     emulated: bool = True
 
     @property
