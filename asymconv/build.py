@@ -297,11 +297,11 @@ def _parse_ptxas(lines: str) -> tuple[KernelReport, ...]:
 def compile_report(
     rung: Rung, arch: str | None = None, defines: Mapping[str, int] | None = None
 ) -> CompileReport:
-    """Compile a rung for an architecture ("90a" unless told) and read ptxas's report.
+    """Compile a rung for an architecture (its own, or "90", unless told) and read ptxas's report.
 
     Needs nvcc, no GPU. Raises BuildError.
     """
-    arch = arch or rung.arch or "90a"
+    arch = arch or rung.arch or "90"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernel.cu").write_text(rung.text(defines))
         command = [str(cuda_home() / "bin" / "nvcc"), *CUDA_FLAGS, "-cubin", "kernel.cu"]

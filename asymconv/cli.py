@@ -118,6 +118,9 @@ def profile(
     rungs: Annotated[
         str, typer.Option(help="Rungs to profile, by number, with commas; all unless told.")
     ] = "",
+    also: Annotated[
+        list[str], typer.Option(help="A variant as well, e.g. k04:TILE_H=4,TILE_W=64; repeatable.")
+    ] = [],  # noqa: B006 (typer's way)
     record: Annotated[bool, typer.Option("--record", help="Write a record.")] = False,
     output: Annotated[
         Path | None, typer.Option(help="Where to write it; figures/data/counters.json.")
@@ -129,11 +132,16 @@ def profile(
     from asymconv.problem import CONTRACT
 
     _need_gpu("profile")
+    jobs = [(rung, shape, {}) for rung in _rungs(rungs) for shape in (CONTRACT, profiler.PROOF)]
+    for text in also:
+        name, _, constants = text.partition(":")
+        defines = {k: int(v) for k, v in (c.split("=") for c in constants.split(","))}
+        jobs.append((_rungs(name)[0], CONTRACT, defines))
     taken = []
-    for rung in _rungs(rungs):
+    for rung, shape, defines in jobs:
         with console.status(f"profiling {rung.name}"):
             try:
-                taken += [profiler.profile(rung, s) for s in (CONTRACT, profiler.PROOF)]
+                taken.append(profiler.profile(rung, shape, defines))
             except profiler.ProfilerError as error:
                 raise _fail(str(error)) from error
     full = [c for c in taken if c.shape == CONTRACT]

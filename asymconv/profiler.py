@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,14 @@ class Counters:
         source_hash: its text's.
         shape: the convolution.
         values: by the names of `METRICS`: counts, bytes, ms, or percent of the hardware's peak.
+        defines: tile constants that are not the rung's own.
     """
 
     name: str
     source_hash: str
     shape: ConvShape
     values: Mapping[str, float]
+    defines: Mapping[str, int] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
         """A counter by our name for it. Raises KeyError."""
@@ -97,16 +99,18 @@ class Profile:
     made: Mapping[str, str | int]
     counters: tuple[Counters, ...]
 
-    def of(self, name: str, shape: ConvShape) -> Counters:
+    def of(self, name: str, shape: ConvShape = CONTRACT, **defines: int) -> Counters:
         """The counters of a rung, by name or number, on a shape. Raises KeyError."""
         for counters in self.counters:
-            if counters.shape == shape and name in (counters.name, counters.name.split("_", 1)[0]):
+            named = name in (counters.name, counters.name.split("_", 1)[0])
+            if named and counters.shape == shape and counters.defines == defines:
                 return counters
-        raise KeyError(f"no counters of {name!r} on {shape}: {[c.name for c in self.counters]}")
+        known = [c.name for c in self.counters]
+        raise KeyError(f"no counters of {name!r} with {defines} on {shape}: {known}")
 
     def __getitem__(self, name: str) -> Counters:
         """The counters of a rung on the contract's shape. Raises KeyError."""
-        return self.of(name, CONTRACT)
+        return self.of(name)
 
     def save(self, path: Path) -> None:
         """Write the record; the file is whole or not there."""
@@ -128,7 +132,7 @@ def load(path: Path = COUNTERS) -> Profile:
         raise FileNotFoundError(f"no record {path}: it is made by `asymconv profile --record`")
     data = json.loads(path.read_text())
     counters = tuple(
-        Counters(c["name"], c["source_hash"], _shape(c["shape"]), c["values"])
+        Counters(c["name"], c["source_hash"], _shape(c["shape"]), c["values"], c["defines"])
         for c in data["counters"]
     )
     return Profile(data["made"], counters)
@@ -187,7 +191,8 @@ def profile(
         raise ProfilerError(
             f"ncu failed ({done.returncode}):\n{(done.stdout + done.stderr)[-3000:]}"
         )
-    return Counters(rung.name, rung.source_hash, shape, _read(done.stdout))
+    values = _read(done.stdout)
+    return Counters(rung.name, rung.source_hash, shape, values, dict(defines or {}))
 
 
 def _launch_once(arguments: Sequence[str]) -> None:

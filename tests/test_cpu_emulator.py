@@ -117,6 +117,8 @@ __global__ void shared4(const float* x, float* y) {
   room[32 + lane * 2] = room[lane];                     // @shared4_stride2
   room[lane * 8] = make_float4(x[lane], 0, 0, 0);       // @shared4_stride8
   y[lane] = room[0].x;                                  // @shared4_broadcast
+  const float4 same = room[2];                          // @shared4_broadcast16
+  y[lane] += same.x;
 }
 LAUNCH(shared4, 1, 32, 256 * sizeof(float4))
 
@@ -599,6 +601,7 @@ def test_global_counts(programs, kernel, op, width, requests, sectors, lanes):
         ("shared4", "shared4_stride2", "store", 1, 8, 4),
         ("shared4", "shared4_stride8", "store", 1, 32, 4),
         ("shared4", "shared4_broadcast", "load", 1, 1, 1),  # .x alone: 4 bytes
+        ("shared4", "shared4_broadcast16", "load", 1, 2, 2),  # as an H100 counts it
         ("shared2", "shared2_contiguous", "store", 1, 2, 2),
         ("shared2", "shared2_stride2", "store", 1, 4, 2),
         ("halves", "half_store", "store", 2, 1, 1),

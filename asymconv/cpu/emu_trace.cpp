@@ -87,14 +87,20 @@ int sectors_of(const Request& r) {
   return static_cast<int>(std::unique(touched, touched + n) - touched);
 }
 
-// Shared memory serves 32 words a wavefront, one from each bank, so 8-byte accesses go by half
-// warps and 16-byte ones by quarters.
+// Shared memory serves 32 words a wavefront, one from each bank. Accesses wider than a word go by
+// half warps: an H100 serves 16 bytes that are the same for a whole warp in two wavefronts
+// (figures/data/counters.json, k04 and k05).
 int lanes_at_once(int bytes) {
-  return bytes <= 4 ? kWarp : kWarp * kBankBytes / bytes;
+  return bytes <= kBankBytes ? kWarp : kWarp / 2;
 }
 
-// A part of a warp takes as many wavefronts as the worst bank has different words to give.
-int wavefronts_of(const Request& r, int first, int lanes) {
+struct Wavefronts {
+  int taken, ideal;
+};
+
+// A part of a warp takes as many wavefronts as the worst bank has different words to give; at best
+// the words are spread evenly over the banks.
+Wavefronts wavefronts_of(const Request& r, int first, int lanes) {
   std::uintptr_t words[kWarp * 4];
   int n = 0;
   for (int l = first; l < first + lanes; ++l) {
@@ -106,7 +112,7 @@ int wavefronts_of(const Request& r, int first, int lanes) {
   const auto end = std::unique(words, words + n);
   int in_bank[kBanks] = {}, worst = 0;
   for (auto w = words; w != end; ++w) worst = std::max(worst, ++in_bank[*w % kBanks]);
-  return worst;
+  return {worst, static_cast<int>(end - words + kBanks - 1) / kBanks};
 }
 
 void count(Site& site, Request& request) {
@@ -119,9 +125,9 @@ void count(Site& site, Request& request) {
   } else {
     const int lanes = lanes_at_once(site.bytes);
     for (int first = 0; first < kWarp; first += lanes) {
-      const int wavefronts = wavefronts_of(request, first, lanes);
-      site.wavefronts += wavefronts;
-      site.ideal_wavefronts += wavefronts != 0;
+      const Wavefronts wavefronts = wavefronts_of(request, first, lanes);
+      site.wavefronts += wavefronts.taken;
+      site.ideal_wavefronts += wavefronts.ideal;
     }
   }
   if (site.kept.size() < kKeptRequests) site.kept.push_back(request);

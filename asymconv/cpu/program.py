@@ -66,8 +66,8 @@ class LineCount:
         requests: how many were issued.
         sectors: 32-byte pieces of global memory that requests touched; 0 for shared memory.
         wavefronts: rounds in which shared memory served them; 0 for global memory.
-        ideal_wavefronts: the same without bank conflicts: one for every whole, half or quarter
-            warp (accesses of up to 4, of 8, of 16 bytes).
+        ideal_wavefronts: the same without bank conflicts: the different words of a warp, or of
+            each half of it for accesses wider than 4 bytes, over 32 banks.
         lanes: threads that took part, over all requests; 32 a request at best.
     """
 
