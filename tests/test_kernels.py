@@ -175,6 +175,11 @@ def test_the_gate_finds_faults(spoil) -> None:
         check(_Wrong(spoil), shape)
 
 
+def test_a_plane_beyond_32_bits_is_refused_where_offsets_are_short() -> None:
+    assert "31 bits" in get_rung("k04").refuses(ConvShape(1, 1, 2**15, 2**15, 1))
+    assert get_rung("k05").applies(ConvShape(1, 1, 2**15, 2**15, 1))
+
+
 @gpu
 @pytest.mark.parametrize("rung", RUNGS, ids=lambda r: r.name)
 def test_offsets_beyond_32_bits(rung: Rung) -> None:

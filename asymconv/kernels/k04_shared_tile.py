@@ -76,18 +76,21 @@ __global__ void __launch_bounds__(THREADS)
   const float* filter = w + ((long long)group * filters + k0) * channels * taps;
 
   float sum[BLOCK_K] = {};
+  // offsets within a chunk fit 32 bits (refuses), so that only the two pointers take 64
   for (int c0 = 0; c0 < channels; c0 += CHUNK_C) {
     for (int i = tid; i < CHUNK_C * tile_rows * tile_columns; i += THREADS) {
       const int ci = i / (tile_rows * tile_columns), rest = i % (tile_rows * tile_columns);
       const int ih = ih0 + rest / tile_columns, iw = iw0 + rest % tile_columns;
       const bool inside = c0 + ci < channels && ih >= 0 && ih < c.H && iw >= 0 && iw < c.W;
-      tile[i] = inside ? image[((long long)(c0 + ci) * c.H + ih) * c.W + iw] : 0.0f;
+      tile[i] = inside ? image[(ci * c.H + ih) * c.W + iw] : 0.0f;
     }
     for (int i = tid; i < CHUNK_C * taps * BLOCK_K; i += THREADS) {
       const int k = i % BLOCK_K, tap = i / BLOCK_K % taps, ci = i / (BLOCK_K * taps);
       const bool inside = c0 + ci < channels && k0 + k < filters;
-      weights[i] = inside ? filter[((long long)k * channels + c0 + ci) * taps + tap] : 0.0f;
+      weights[i] = inside ? filter[(k * channels + ci) * taps + tap] : 0.0f;
     }
+    image += (long long)CHUNK_C * c.H * c.W;
+    filter += CHUNK_C * taps;
     __syncthreads();  // the tile is whole
     #pragma unroll 1
     for (int ci = 0; ci < CHUNK_C; ++ci) {
@@ -153,6 +156,8 @@ def refuses(shape: ConvShape) -> str | None:
     size = 4 * chunk_c * (taps * block_k + rows * columns)
     if size > SHARED_LIMIT:
         return f"the tile and its halo take {size} bytes of shared memory, {SHARED_LIMIT} are there"
+    if max(chunk_c * shape.height * shape.width, block_k * shape.terms) >= 2**31:
+        return f"offsets within {chunk_c} channels need more than 31 bits ({shape})"
     blocks_k = -(-shape.out_channels // shape.groups // block_k) * shape.groups
     tiles = -(-shape.out_height // tile_h) * -(-shape.out_width // tile_w)
     return launch_limits(
