@@ -717,9 +717,64 @@ def svg(figure: Figure) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
+def tiles(record: Record, source: str = records.VARIANTS.name) -> Figure:
+    """Heat map of the time of k04 over the height and width of its tile.
+
+    Raises:
+        ValueError: the record has no variants of k04.
+    """
+    times = {
+        (t.defines["TILE_H"], t.defines["TILE_W"]): t.median
+        for t in record.timings
+        if short_name(t.name) == "k04"
+    }
+    if not times:
+        raise ValueError(f"no variants of k04 in {record.title!r}")
+    heights, widths = (sorted({tile[axis] for tile in times}) for axis in (0, 1))
+    best, worst = min(times, key=times.__getitem__), max(times, key=times.__getitem__)
+    cell_w, cell_h, left = 74.0, 34.0, 74.0
+    with style():
+        figure, bottom, top = page(
+            cell_h * len(heights) + 52,
+            f"k04 is fastest with tiles wider than high: {best[0]} × {best[1]} takes "
+            f"{milliseconds(times[best])}, {worst[0]} × {worst[1]} {milliseconds(times[worst])}",
+            "Time by the tile's height and width in pixels, a thread each; darker is slower.",
+            _small_print(record, source),
+        )
+        axes = axes_at(figure, 0, bottom, WIDTH, top - bottom)
+        axes.set_axis_off()
+        axes.set_xlim(0, WIDTH)
+        axes.set_ylim(0, top - bottom)
+        shades = matplotlib.colormaps["YlGnBu"]
+        for row, height in enumerate(heights):
+            y = 36 + row * cell_h
+            axes.text(left - 10, y + 12, f"{height}", ha="right", va="baseline", fontsize=TEXT_SIZE)
+            for column, width in enumerate(widths):
+                x = left + column * cell_w
+                time = times.get((height, width))
+                if time is None:
+                    continue
+                share = (time - times[best]) / (times[worst] - times[best] or 1.0)
+                _box(axes, x, y, cell_w - 2, cell_h - 2, facecolor=shades(0.1 + 0.8 * share))
+                ink = "white" if share > 0.55 else INK
+                middle = x + cell_w / 2 - 1
+                label = milliseconds(time)
+                style_ = {"ha": "center", "va": "baseline", "fontsize": TEXT_SIZE, "color": ink}
+                axes.text(middle, y + 11, label, **style_)
+        for column, width in enumerate(widths):
+            middle = left + column * cell_w + cell_w / 2
+            axes.text(middle, 22, f"{width}", ha="center", va="baseline", fontsize=TEXT_SIZE)
+        centre = left + len(widths) * cell_w / 2
+        small = {"va": "baseline", "fontsize": SMALL_SIZE, "color": SOFT}
+        axes.text(centre, 6, "tile width, output columns", ha="center", **small)
+        axes.text(left - 10, 44 + len(heights) * cell_h, "tile height, rows", ha="center", **small)
+    return figure
+
+
 FIGURES: Mapping[str, Callable[[], Figure]] = {
     "ladder": lambda: ladder(records.load()),
     "roofline": lambda: roofline(records.load()),
+    "tiles": lambda: tiles(records.load(records.VARIANTS)),
 }
 """Every figure of figures/, by the stem of its file, from the records it shows."""
 

@@ -178,3 +178,71 @@ def counters(of: profiler.Profile, names: Sequence[str], rungs: Sequence[str]) -
         numbers = [f"{of[rung][name] / factor:,.4g} {unit}" for rung in rungs]
         rows.append((label, *numbers))
     return table(("counter (ncu)", *rungs), rows)
+
+
+def proof(of: profiler.Profile, rung: Rung) -> Markdown:
+    """Counts of the CPU run beside ncu's counters, on `profiler.PROOF`: the same text, both ways.
+
+    The CPU counts accesses as written in the source; ncu counts what nvcc made of them. Copies
+    from global to shared memory (cp.async) write shared memory; ncu counts them by themselves.
+    """
+    lines = trace(rung, profiler.PROOF)
+    hardware = of.of(rung.name, profiler.PROOF)
+
+    def total(what: str, space: str, op: str) -> int:
+        chosen = [line for line in lines if (line.space, line.op) == (space, op)]
+        return sum(getattr(line, what) for line in chosen)
+
+    rows = []
+    copies = hardware["async_copy_requests"]
+    for space, op, what in (
+        *(("global", op, what) for op in ("load", "store") for what in ("requests", "sectors")),
+        *(("shared", op, what) for op in ("load", "store") for what in ("requests", "wavefronts")),
+    ):
+        counted = total(what, space, op)
+        measured = int(hardware[f"{space}_{op}_{what}"])
+        name = f"{space} {op} {what}"
+        if copies and (space, op) == ("shared", "store"):
+            if what == "wavefronts":
+                continue  # ncu has no counter for those of copies alone
+            measured, name = int(measured + copies), "copies to shared memory"
+        if counted or measured:
+            same = "same" if counted == measured else f"{100 * measured / counted - 100:+.1f} %"
+            rows.append((name, f"{counted:,}", f"{measured:,}", same))
+    title = f"{rung.number} on {profiler.PROOF}"
+    return table((title, "CPU run", "ncu, H100", "difference"), rows)
+
+
+def variants(of: record.Record, rung: str, names: Sequence[str]) -> Markdown:
+    """Times of a rung with other tile constants, fastest first."""
+    timings_ = sorted((t for t in of.timings if t.name.startswith(rung)), key=lambda t: t.median)
+    rows = [(*(t.defines[n] for n in names), f"{t.median:.3f}") for t in timings_]
+    return table((*names, "ms"), rows)
+
+
+def halo(rung: Rung, tiles: Sequence[tuple[int, int]], shape: ConvShape) -> Markdown:
+    """What each tile of a rung (TILE_H, TILE_W) fetches, counted on the CPU, for an output pixel.
+
+    Values are the floats that the lanes ask for; sectors are counted as floats, 8 each.
+    """
+    pixels = shape.batch * shape.out_height * shape.out_width * shape.in_channels
+    rows = []
+    for height, width in tiles:
+        kernel_ = build.load(rung, "cpu-traced", defines={"TILE_H": height, "TILE_W": width})
+        lines = kernel_.trace(*random_data(shape, seed=0), shape)
+        text = rung.text().splitlines()
+        loads = [ln for ln in lines if (ln.space, ln.op) == ("global", "load")]
+        reads = [ln for ln in loads if "image[" in text[ln.line - 1]]
+        values = sum(ln.lanes for ln in reads) / pixels
+        floats = 8 * sum(ln.sectors for ln in reads) / pixels
+        tile = [ln for ln in lines if (ln.space, ln.op) == ("shared", "load")]
+        value = next(ln for ln in tile if ln.bytes_per_lane == 4)
+        rounds = f"{value.wavefronts_per_request:.2f}"
+        rows.append((f"{height} × {width}", f"{values:.2f}", f"{floats:.2f}", rounds))
+    headers = (
+        "tile",
+        "values a pixel",
+        "sectors a pixel, in floats",
+        "wavefronts to read the tile",
+    )
+    return table(headers, rows)
