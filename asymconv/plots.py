@@ -736,8 +736,8 @@ def tiles(record: Record, source: str = records.VARIANTS.name) -> Figure:
     with style():
         figure, bottom, top = page(
             cell_h * len(heights) + 52,
-            f"k04 is fastest with tiles wider than high: {best[0]} × {best[1]} takes "
-            f"{milliseconds(times[best])}, {worst[0]} × {worst[1]} {milliseconds(times[worst])}",
+            f"k04: a tile of {best[0]} × {best[1]} takes {milliseconds(times[best])}, "
+            f"of {worst[0]} × {worst[1]} {milliseconds(times[worst])}",
             "Time by the tile's height and width in pixels, a thread each; darker is slower.",
             _small_print(record, source),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from asymconv import build
 from asymconv.check import check, random_data, reference
+from asymconv.cpu import EmulationError
 from asymconv.kernels import RUNGS, Rung, get_rung
 from asymconv.problem import CONTRACT, ConvShape
 
@@ -106,6 +108,19 @@ def test_thread_order_does_not_matter(rung: Rung, order_seed: int) -> None:
         *data, shape, order_seed=order_seed, trace=True, racecheck=True
     )
     assert torch.equal(plain, shuffled)
+
+
+def test_a_removed_barrier_is_found() -> None:
+    """k04 without the barrier that waits for its tile: the CPU run names the race."""
+    rung = get_rung("k04")
+    barrier = "    __syncthreads();  // the tile is whole\n"
+    assert rung.source.count(barrier) == 1
+    broken = replace(rung, source=rung.source.replace(barrier, ""))
+    shape = ConvShape(1, 4, 10, 34, 16)
+    kernel = build.load(broken, "cpu-traced")
+    with pytest.raises(EmulationError, match=r"(?i)race"):
+        kernel(*random_data(shape), shape, racecheck=True)
+    build.load(rung, "cpu-traced")(*random_data(shape), shape, racecheck=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

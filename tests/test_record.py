@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import gpu
 
-from asymconv import measure, record
+from asymconv import measure, profiler, record, show
 from asymconv.check import Checked, check
-from asymconv.kernels import RUNGS
+from asymconv.kernels import RUNGS, Rung
 from asymconv.measure import PEERS, Timing
 from asymconv.problem import CONTRACT, ConvShape
 
@@ -135,3 +135,65 @@ def test_timing_on_this_gpu(tmp_path: Path) -> None:
     made = record.make("a test", SHAPE, timings, left_out)
     made.save(tmp_path / "r.json")
     assert record.load(tmp_path / "r.json") == made
+
+
+class TestPublishedCounters:
+    """The counters, and what the CPU backend counts for the same text and shape."""
+
+    profile = profiler.load()
+
+    def test_are_of_the_rungs_as_they_are_now(self) -> None:
+        for rung in RUNGS:
+            for shape in (CONTRACT, profiler.PROOF):
+                assert self.profile.of(rung.name, shape).source_hash == rung.source_hash
+
+    def test_variants_are_of_the_rungs_as_they_are_now(self) -> None:
+        sweep = record.load(record.VARIANTS)
+        hashes = {rung.name: rung.source_hash for rung in RUNGS}
+        for timing in sweep.of_kind("rung"):
+            assert timing.source_hash == hashes[timing.name]
+        for rung in RUNGS:
+            taken = [t.defines for t in sweep.of_kind("rung") if t.name == rung.name]
+            assert taken == [dict(v) for v in rung.variants]
+
+    @pytest.mark.parametrize("rung", RUNGS, ids=lambda r: r.name)
+    def test_the_cpu_counts_what_the_gpu_counted(self, rung: Rung) -> None:
+        """To the digit where nvcc leaves accesses as written; notebooks 03 and 04 tell the rest."""
+        counted: dict[tuple[str, str], list[int]] = {}
+        for line in show.trace(rung, profiler.PROOF):
+            sums = counted.setdefault((line.space, line.op), [0, 0, 0])
+            for i, value in enumerate((line.requests, line.sectors, line.wavefronts)):
+                sums[i] += value
+        measured = self.profile.of(rung.name, profiler.PROOF)
+        requests, sectors, _ = counted["global", "store"]
+        assert (requests, sectors) == (
+            measured["global_store_requests"],
+            measured["global_store_sectors"],
+        )
+        requests, sectors, _ = counted["global", "load"]
+        if rung.number in ("k01", "k02", "k03"):
+            assert requests == measured["global_load_requests"]
+            assert sectors == measured["global_load_sectors"]
+        assert abs(sectors / measured["global_load_sectors"] - 1) <= 0.02
+        wavefronts = counted.get(("shared", "load"), [0, 0, 0])[2]
+        extra = 7680 if rung.number == "k04" else 0  # the one read that nvcc adds
+        assert wavefronts + extra == measured["shared_load_wavefronts"]
+
+
+def test_profiles_round_trip_and_ncus_csv_is_read(tmp_path: Path) -> None:
+    lines = (
+        '==PROF== x\n"ID","Kernel Name","dram__bytes_read.sum","launch__registers_per_thread"\n'
+        '"","","Mbyte",""\n"0","a","1,000.5","32"\n"1","b","0.5","40"\n'
+    )
+    values = profiler._read(lines)
+    assert values == {"dram_read_bytes": 1001e6, "registers": 40}
+    made = profiler.Profile(
+        {"gpu": "none"}, (profiler.Counters("k01_x", "abc", SHAPE, values, {"A": 1}),)
+    )
+    made.save(tmp_path / "c.json")
+    assert profiler.load(tmp_path / "c.json") == made
+    assert made.of("k01", SHAPE, A=1)["registers"] == 40
+    with pytest.raises(KeyError, match="k02"):
+        made["k02"]
+    with pytest.raises(profiler.ProfilerError, match="no kernel"):
+        profiler._read("==ERROR== no permission")
