@@ -64,18 +64,15 @@ def bench(
     ] = None,
 ) -> None:
     """Check and time the ladder against nn.Conv2d and the ceilings on this GPU."""
-    from asymconv import measure, tables
     from asymconv import record as records
-    from asymconv.problem import CONTRACT
+    from asymconv import tables
 
     _need_gpu("bench")
     chosen = _rungs(rungs)
     with console.status("checking, then timing"):
-        timings, left_out = measure.check_and_time(CONTRACT, chosen)
-        timings += measure.time_ceilings(CONTRACT)
-    result = records.make("The ladder on the contract's shape", CONTRACT, timings, left_out)
+        result = records.measure_ladder(rungs=chosen)
     console.print(tables.ladder_rich(result))
-    for name, reason in left_out.items():
+    for name, reason in result.left_out.items():
         console.print(f"{name} is not in the table: {reason}", soft_wrap=True)
     if record:
         path = output or records.LADDER

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from asymconv.measure import Timing
-from asymconv.problem import ConvShape
+from asymconv.kernels import RUNGS, Rung
+from asymconv.measure import Timing, check_and_time, time_ceilings
+from asymconv.problem import CONTRACT, ConvShape
 
 FORMAT = 1
 
@@ -141,6 +142,16 @@ def make(
 ) -> Record:
     """A record of timings just taken on this machine's GPU."""
     return Record(title, shape, environment(), tuple(timings), dict(left_out))
+
+
+def measure_ladder(shape: ConvShape = CONTRACT, rungs: Sequence[Rung] = RUNGS) -> Record:
+    """Check and time rungs, peers and ceilings on this machine's GPU, in one run.
+
+    Raises what `measure.check_and_time` raises.
+    """
+    timings, left_out = check_and_time(shape, rungs)
+    timings += time_ceilings(shape)
+    return make("The ladder on the contract's shape", shape, timings, left_out)
 
 
 def ladder_path() -> Path:

@@ -45,15 +45,11 @@ def redraw(folder: Path, readme: Path | None = None) -> list[Path]:
 
 def measure_live(output: Path, console: Console) -> None:
     """Take the ladder's record on this machine's GPU, and let everything after show it."""
-    from asymconv import measure, record
-    from asymconv.problem import CONTRACT
+    from asymconv import record
 
-    with console.status("measuring the ladder on this GPU"):
-        timings, left_out = measure.check_and_time(CONTRACT)
-        timings += measure.time_ceilings(CONTRACT)
     path = (output / "data" / "ladder.json").resolve()
-    title = "The ladder on the contract's shape"
-    record.make(title, CONTRACT, timings, left_out).save(path)
+    with console.status("measuring the ladder on this GPU"):
+        record.measure_ladder().save(path)
     os.environ[record.LADDER_VARIABLE] = str(path)  # the notebooks' processes inherit it
     console.print(f"measured on this GPU: {path}", soft_wrap=True)
 
