@@ -14,8 +14,8 @@ What it predicts, on the contract's shape:
   for each of 128 output channels. 4224 blocks in flight want 207 MB, L2 has 50: part of it comes
   from device memory every time, where k01 reads each row a few times a sweep.
 
-Measured: notebook 01, from figures/data. Slower than k01 by a sixth; 733 GB from device memory in
-place of 441.
+Measured: notebook 01, from figures/data. Slower than k01 by a sixth; 1.6 times its bytes
+from device memory.
 
 What limits it now: L1 as before, and waiting for what the caches could not keep. k03 turns the
 lanes along the width, where the addresses are neighbours.
