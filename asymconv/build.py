@@ -439,6 +439,8 @@ class Kernel:
                 raise ValueError(f"{name} must be contiguous float32, is {tensor.dtype}")
             if tensor.device.type != kind or tensor.device != x.device:
                 raise ValueError(f"{name} is on {tensor.device}, must be with x on {kind}")
+            if name == "out" and tensor.data_ptr() % 16:  # rungs store float2 and float4
+                raise ValueError("out must start at a multiple of 16 bytes")
             if tuple(tensor.shape) != size:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {size}")
 

@@ -141,6 +141,9 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         kernel(x.to(memory_format=torch.channels_last), weight, bias, shape)
     with pytest.raises(ValueError, match="x has shape"):
         kernel(x[:1], weight, bias, shape)
+    shifted = torch.empty(math.prod(shape.output_shape) + 1)[1:].view(shape.output_shape)
+    with pytest.raises(ValueError, match="multiple of 16 bytes"):
+        kernel(x, weight, bias, shape, out=shifted)
     with pytest.raises(ValueError, match="weight has shape"):
         kernel(x, weight[:1], bias, shape)
 

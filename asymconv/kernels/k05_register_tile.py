@@ -28,7 +28,8 @@ Measured: notebook 04, from figures/data: faster than cuDNN in strict fp32, slow
 Copying with an index for each element had cost 7 % more than copying by rows: at this rung, index
 arithmetic is what is left to save.
 
-What limits it now: issue slots and the fp32 units. Faster means other arithmetic: tensor cores.
+What limits it now: the fp32 units, 71 % busy, and what stands around the loop that feeds them: the
+copies of a stage and its two barriers. Far faster means other arithmetic: tensor cores.
 """
 
 from asymconv.kernels.ptx import CP_ASYNC
