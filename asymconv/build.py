@@ -526,6 +526,8 @@ def load_all(jobs: Sequence[tuple[Rung, Mapping[str, int]]]) -> list[Kernel]:
 
     Raises what `load` raises.
     """
+    if not jobs:  # a rung without variants
+        return []
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), mp_context=context) as pool:
         for done in [pool.submit(_build_only, rung.name, defines) for rung, defines in jobs]:

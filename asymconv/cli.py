@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 console = Console()
 
+RungNames = Annotated[str, typer.Option(help="Rungs by number, with commas; all unless told.")]
+WriteRecord = Annotated[bool, typer.Option("--record", help="Write a record.")]
+RecordPath = Annotated[
+    Path | None, typer.Option(help="Where to write the record, if not under figures/data/.")
+]
+
 # Modules that not every command needs are imported in the commands.
 
 
@@ -55,13 +61,9 @@ def info() -> None:
 
 @app.command()
 def bench(
-    rungs: Annotated[
-        str, typer.Option(help="Rungs to time, by number, with commas; all of them unless told.")
-    ] = "",
-    record: Annotated[bool, typer.Option("--record", help="Write a record.")] = False,
-    output: Annotated[
-        Path | None, typer.Option(help="Where to write the record; figures/data/ladder.json.")
-    ] = None,
+    rungs: RungNames = "",
+    record: WriteRecord = False,
+    output: RecordPath = None,
 ) -> None:
     """Check and time the ladder against nn.Conv2d and the ceilings on this GPU."""
     from asymconv import record as records
@@ -82,13 +84,9 @@ def bench(
 
 @app.command()
 def sweep(
-    rungs: Annotated[
-        str, typer.Option(help="Rungs whose variants to time, by number, with commas.")
-    ] = "",
-    record: Annotated[bool, typer.Option("--record", help="Write a record.")] = False,
-    output: Annotated[
-        Path | None, typer.Option(help="Where to write it; figures/data/variants.json.")
-    ] = None,
+    rungs: RungNames = "",
+    record: WriteRecord = False,
+    output: RecordPath = None,
 ) -> None:
     """Check and time rungs with other tile constants, two of the contract's images."""
     from asymconv import measure
@@ -112,16 +110,12 @@ def sweep(
 
 @app.command()
 def profile(
-    rungs: Annotated[
-        str, typer.Option(help="Rungs to profile, by number, with commas; all unless told.")
-    ] = "",
+    rungs: RungNames = "",
     also: Annotated[
         list[str], typer.Option(help="A variant as well, e.g. k04:TILE_H=4,TILE_W=64; repeatable.")
     ] = [],  # noqa: B006 (typer's way)
-    record: Annotated[bool, typer.Option("--record", help="Write a record.")] = False,
-    output: Annotated[
-        Path | None, typer.Option(help="Where to write it; figures/data/counters.json.")
-    ] = None,
+    record: WriteRecord = False,
+    output: RecordPath = None,
 ) -> None:
     """Take the rungs' hardware counters with Nsight Compute: contract's shape, and a small one."""
     from asymconv import profiler

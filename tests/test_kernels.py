@@ -228,4 +228,5 @@ def test_compiles_for_hopper_without_spills(rung: Rung, record_property) -> None
         record_property(kernel.function, f"{kernel.registers} registers, {kernel.shared} B shared")
         print(f"{rung.number} {kernel}")
         assert 0 < kernel.registers <= 255
-        assert max(kernel.spill_stores, kernel.spill_loads) <= SPILLED.get(rung.number, 0)
+        most = SPILLED.get(rung.number, 0)
+        assert max(kernel.spill_stores, kernel.spill_loads, kernel.stack) <= most

@@ -180,6 +180,33 @@ class TestPublishedCounters:
         assert wavefronts + extra == measured["shared_load_wavefronts"]
 
 
+def test_notebook_03s_account_of_k04s_loads() -> None:
+    """Its copy loop, turn by turn: what the H100 counted; and nvcc's one read too many."""
+    shape, tile_h, tile_w, chunk = profiler.PROOF, 8, 32, 4
+    rows, columns, filters = tile_h + 2, tile_w + 2, 16
+    requests = 0
+    for oh in range(0, shape.out_height, tile_h):
+        for ow in range(0, shape.out_width, tile_w):
+            for warp in range(0, chunk * rows * columns, 32):
+                places = range(warp, min(warp + 32, chunk * rows * columns))
+                requests += any(
+                    oh + i % (rows * columns) // columns < shape.height
+                    and ow + i % columns < shape.width
+                    for i in places
+                )
+    turns = shape.batch * shape.in_channels // chunk
+    tiles = -(-shape.out_height // tile_h) * -(-shape.out_width // tile_w)
+    tile, weights = requests * turns, tiles * turns * chunk * 9 * filters // 32
+    assert (tile, weights) == (8464, 4320)
+    measured = profiler.load().of("k04", shape)["global_load_requests"]
+    assert tile + weights == measured
+    loop = (record.DATA_FOLDER / "k04_channel_loop.sass").read_text()
+    assert loop.count("LDS") == 9 * (1 + 16 // 4) + 1
+    assert loop.count("FFMA") == 9 * 16
+    assert "LDS R17, [UR11+0x148]" in loop
+    assert "LDS.128 R20, [UR11+0x140]" in loop
+
+
 def test_profiles_round_trip_and_ncus_csv_is_read(tmp_path: Path) -> None:
     lines = (
         '==PROF== x\n"ID","Kernel Name","dram__bytes_read.sum","launch__registers_per_thread"\n'
