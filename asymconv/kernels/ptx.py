@@ -46,3 +46,102 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 """
+
+HOPPER = r"""
+// ---- sm_90a: barriers in shared memory, warpgroup matrix products. No CPU twins.
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+  return (unsigned)__cvta_generic_to_shared(p);
+}
+
+// PTX ISA 9.7.13.15.9, mbarrier.init: a barrier that `count` arrivals complete.
+__device__ __forceinline__ void mbarrier_init(unsigned barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(count));
+}
+
+// PTX ISA 9.7.13.15.13, mbarrier.arrive (release): what this thread wrote is seen by who waits.
+__device__ __forceinline__ void mbarrier_arrive(unsigned barrier, int count = 1) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0], %1; }\n" ::"r"(
+                   barrier),
+               "r"(count)
+               : "memory");
+}
+
+// PTX ISA 9.7.13.15.16, mbarrier.try_wait: until the phase of this parity is complete.
+__device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity) {
+  asm volatile("{ .reg .pred done;\n"
+               "  again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+               "  @!done bra again; }\n" ::"r"(barrier), "r"(parity)
+               : "memory");
+}
+
+// PTX ISA 9.7.13.4, fence.proxy.async: ordinary writes to shared memory before it are seen by
+// wgmma, which reads through another proxy, after the next barrier.
+__device__ __forceinline__ void fence_for_wgmma() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+// PTX ISA 9.7.13.1, barrier.sync: for some of a block's warps.
+template <int threads>
+__device__ __forceinline__ void named_barrier(int id) {
+  asm volatile("barrier.sync %0, %1;\n" ::"r"(id), "n"(threads) : "memory");
+}
+
+// PTX ISA 9.7.20.5, setmaxnreg: a warpgroup gives registers back, or takes them.
+template <int registers>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(registers));
+}
+template <int registers>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(registers));
+}
+
+// PTX ISA 9.7.16.7.1 to .3: order the registers before the first product; close a group; wait.
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
+template <int pending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(pending) : "memory");
+}
+
+// PTX ISA 9.7.16.5.1, matrix descriptor: rows of 128 bytes, swizzled over groups of 8 rows, the
+// groups 1024 bytes apart. The address may start in the middle of a group: the swizzle goes by the
+// bits of the address itself, and the base offset stays 0.
+__device__ __forceinline__ unsigned long long swizzled_rows(unsigned address) {
+  return (unsigned long long)((address & 0x3ffff) >> 4) | 1ull << 16 | (1024ull >> 4) << 32 |
+         1ull << 62;
+}
+"""
+
+
+def wgmma_f16(columns: int) -> str:
+    """The wrapper of wgmma.mma_async m64nNk16, fp16 operands from shared memory, fp32 sums.
+
+    PTX ISA 9.7.16.5.2. A warpgroup's thread holds N / 2 of the 64 x N sums: of rows
+    ``16 * warp + lane / 4`` and 8 below, the columns ``8 * j + 2 * (lane % 4)`` and one right of
+    it, as ``sum[4 * j]``, ``[4 * j + 1]``, and ``[4 * j + 2]``, ``[4 * j + 3]`` for the lower row.
+
+    Args:
+        columns: N, a multiple of 8 from 8 to 256.
+    """
+    if columns % 8 or not 8 <= columns <= 256:
+        raise ValueError(f"wgmma has N = 8, 16, ... 256, not {columns}")
+    count = columns // 2
+    places = ", ".join(f"%{i}" for i in range(count))
+    registers = ", ".join(f'"+f"(sum[{i}])' for i in range(count))
+    return f"""
+// PTX ISA 9.7.16.5.2: sum = a * b, plus sum if `add`; under way until wgmma_wait.
+__device__ __forceinline__ void wgmma_m64n{columns}k16_f16(float (&sum)[{count}],
+                                                    unsigned long long a, unsigned long long b,
+                                                    int add) {{
+  asm volatile("{{ .reg .pred add; setp.ne.b32 add, %{count + 2}, 0;\\n"
+               "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {{{places}}}, "
+               "%{count}, %{count + 1}, add, 1, 1, 0, 0; }}\\n"
+               : {registers}
+               : "l"(a), "l"(b), "r"(add));
+}}
+"""

@@ -1,0 +1,561 @@
+"""k07: wgmma on Hopper, weights that stay, a ring of rows, stores of whole sectors.
+
+(docstring to be completed)
+"""
+
+import math
+
+from asymconv.kernels.half_range import HALF_RANGE
+from asymconv.kernels.ptx import HOPPER, wgmma_f16
+from asymconv.kernels.rung import Rung
+from asymconv.problem import ConvShape
+
+DEFINES = {"STORES": 2, "RING": 4, "PRODUCER_REGISTERS": 88, "CONSUMER_REGISTERS": 168}
+
+VARIANTS = (
+    {"STORES": 2},
+    {"STORES": 1},
+    {"STORES": 0},
+)
+
+SOURCE = (
+    HALF_RANGE
+    + HOPPER
+    + wgmma_f16(136)
+    + r"""
+#include <cuda_fp16.h>
+
+// A block: 128 filters, strips of 128 columns. Its products are 136 columns wide, so that each
+// output row can start at the first whole 32-byte sector in the strip, wherever that is.
+constexpr int BLOCK_K = 128, CHANNELS = 64, R = 3, S = 3, TAPS = R * S;
+constexpr int TILE_W = 128, PRODUCT_W = TILE_W + 8;
+
+// Warps: two warpgroups multiply, 64 filters each, and two fetch.
+constexpr int WARPGROUP = 128, CONSUMERS = 2 * WARPGROUP, PRODUCERS = 2 * WARPGROUP;
+constexpr int THREADS = CONSUMERS + PRODUCERS;
+
+// Shared memory, in bytes. A pixel is a row of 64 channels, 128 bytes in 8 chunks of 16, chunk i
+// of pixel p at place i ^ (p % 8) (the 128-byte swizzle). A row of the ring has pixels for any
+// start of a strip within 16 bytes.
+constexpr int PIXEL = CHANNELS * 2, RING_W = 144, RING_ROW = RING_W * PIXEL;
+constexpr int WEIGHT_TAP = BLOCK_K * PIXEL, WEIGHTS = TAPS * WEIGHT_TAP;
+constexpr int STAGE_PITCH = 40, STAGE = 8 * STAGE_PITCH;  // floats; of a warp: 8 filters, 32 columns
+constexpr int RING_AT = WEIGHTS, STAGE_AT = RING_AT + RING * RING_ROW;
+constexpr int STATE_AT = STAGE_AT + CONSUMERS / 32 * STAGE * 4;
+static_assert(RING_ROW % 1024 == 0, "a ring row starts a group of 8 swizzled rows");
+static_assert(RING_W >= 3 + PRODUCT_W + S - 1, "a tap's window lies in the ring row");
+static_assert(RING >= R + 1, "a row is filled while three are read");
+
+// Which rows of an item need fp32: of the input, counted from the item's first.
+struct BadRows {
+  int first, last;
+};
+constexpr int ITEMS_UNDER_WAY = 4;  // producers are RING rows ahead at most, items have 3 or more
+struct State {
+  unsigned long long full[RING], empty[RING];
+  BadRows bad[ITEMS_UNDER_WAY];
+  int weights_bad;
+  short exponent[BLOCK_K];  // of the power of two that a filter's sums are multiplied by at last
+  float bias[BLOCK_K];
+};
+constexpr int SHARED_BYTES = STATE_AT + sizeof(State);
+static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than a block can have");
+
+// An item is a strip of one image, from one output row on: a block takes items in turn. Strips are
+// the fastest index: neighbours run side by side and share their halo's sectors in L2.
+struct Plan {
+  int strips, parts, rows, items;  // rows: of a part
+};
+struct Item {
+  int n, oh0, rows, ow0;
+};
+__device__ __forceinline__ Item item_at(int index, const Plan& plan, const Conv& c) {
+  const int strip = index % plan.strips, part = index / plan.strips % plan.parts;
+  const int oh0 = part * plan.rows;
+  return {index / plan.strips / plan.parts, oh0, min(plan.rows, c.OH - oh0), strip * TILE_W};
+}
+
+// Columns that an output row leaves to the strip on its left: up to its first whole sector.
+__device__ __forceinline__ int columns_to_sector(const float* row) {
+  return (int)((8 - (((unsigned long long)row >> 2) & 7)) & 7);
+}
+
+// ---- producers: global fp32, (channel, row, column) -> ring, fp16, (row, column, channel)
+
+// Four neighbouring values of a row of an image; zero outside. WIDE: `row` and `column` are on 16
+// bytes, so they are inside or outside together.
+template <bool WIDE>
+__device__ __forceinline__ float4 load_four(const float* image, int row, int column, bool inside,
+                                            int width) {
+  if (WIDE) {
+    if (!inside || (unsigned)column >= (unsigned)width) return make_float4(0, 0, 0, 0);
+    return __ldg(reinterpret_cast<const float4*>(image + row + column));
+  }
+  const auto at = [&](int i) {
+    return inside && (unsigned)(column + i) < (unsigned)width ? __ldg(image + row + column + i) : 0.0f;
+  };
+  return make_float4(at(0), at(1), at(2), at(3));
+}
+
+__device__ __forceinline__ unsigned largest_of(float4 v) {
+  return max(max(magnitude(v.x), magnitude(v.y)), max(magnitude(v.z), magnitude(v.w)));
+}
+
+template <bool WIDE>
+__device__ __forceinline__ void produce(const float* __restrict__ x, const Conv& c,
+                                        const Plan& plan, int first_item, int item_step,
+                                        unsigned char* shared, State* state, int scale) {
+  const int thread = threadIdx.x - CONSUMERS, lane = thread % 32, warp = thread / 32;
+  const float factor = power_of_two(scale);
+  const HalfRange range(scale);
+  const int plane = c.H * c.W;  // an image has less than 2^31 values
+
+  // A warp fetches 32 pixels of 32 channels, a thread 4 of 8: in global memory 4 rows of 128 bytes
+  // an instruction, in shared memory 8 different chunks for any 8 neighbouring lanes.
+  const int group = (lane & 1) | (lane >> 3) << 1;  // of 4 pixels
+  const int pixel = warp % 4 * 32 + group * 4, chunk = warp / 4 * 4 + (lane >> 1) % 4;
+  // The halo right of that, 16 pixels: a thread fetches 4 of one channel.
+  const int halo_pixel = TILE_W + lane % 4 * 4, halo_channel = warp * 8 + lane / 4;
+
+  int item = first_item;
+  if (item >= plan.items) return;
+  Item at = item_at(item, plan, c);
+  const float* source = x + at.n * ((long long)c.C * plane);
+  float4 value[8], halo;
+  int row = 0, slot = 0, parity = 1, under_way = 0;  // a ring's first round waits for nothing
+  const auto load = [&] {
+    const int ih = at.oh0 - c.pad_h + row;
+    const int iw = ((at.ow0 - c.pad_w) & ~3) + pixel;
+    const bool inside = (unsigned)ih < (unsigned)c.H;
+    const int first = ih * c.W;
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int channel = chunk * 8 + i;
+      value[i] = load_four<WIDE>(source, channel * plane + first, iw, inside && channel < c.C, c.W);
+    }
+    halo = load_four<WIDE>(source, halo_channel * plane + first, iw - pixel + halo_pixel,
+                           inside && halo_channel < c.C, c.W);
+  };
+
+  load();
+  while (true) {
+    mbarrier_wait(shared_address(&state->empty[slot]), parity);
+    unsigned char* const ring = shared + RING_AT + slot * RING_ROW;
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const auto pick = [&](int j) { return factor * (&value[j].x)[i]; };
+      __half2 packed[4];
+      #pragma unroll
+      for (int j = 0; j < 4; ++j) packed[j] = __floats2half2_rn(pick(2 * j), pick(2 * j + 1));
+      *reinterpret_cast<uint4*>(ring + (pixel + i) * PIXEL + ((chunk ^ (pixel + i) % 8) << 4)) =
+          *reinterpret_cast<const uint4*>(packed);
+    }
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int p = halo_pixel + i, place = (halo_channel / 8 ^ p % 8) << 4;
+      *reinterpret_cast<__half*>(ring + p * PIXEL + place + halo_channel % 8 * 2) =
+          __float2half_rn(factor * (&halo.x)[i]);
+    }
+    // runs: 32 pixels of a channel, the 8 lanes that share a chunk; the halo's 16, of 4 lanes
+    bool good = true;
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      unsigned largest = largest_of(value[i]);
+      largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+      largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 8));
+      largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 16));
+      good = good && range.holds(largest);
+    }
+    unsigned largest = largest_of(halo);
+    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+    if (!(good && range.holds(largest))) {
+      atomicMin(&state->bad[under_way].first, row);
+      atomicMax(&state->bad[under_way].last, row);
+    }
+    fence_for_wgmma();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared_address(&state->full[slot]));
+
+    if (++slot == RING) slot = 0, parity ^= 1;
+    if (++row == at.rows + R - 1) {
+      row = 0;
+      under_way = (under_way + 1) % ITEMS_UNDER_WAY;
+      item += item_step;
+      if (item >= plan.items) break;
+      at = item_at(item, plan, c);
+      source = x + at.n * ((long long)c.C * plane);
+    }
+    load();
+  }
+}
+
+// ---- consumers
+
+// The block's weights, fp16, as 9 matrices of 128 filters by 64 channels, swizzled like pixels.
+// Each filter has its own power of two.
+__device__ __forceinline__ void convert_weights(const float* __restrict__ w,
+                                                const float* __restrict__ bias, const Conv& c,
+                                                int k0, unsigned char* shared, State* state,
+                                                int input_scale) {
+  for (int i = threadIdx.x; i < BLOCK_K * (CHANNELS / 8); i += CONSUMERS) {
+    const int k = i / 8, chunk = i % 8;  // 8 lanes share a filter
+    float value[8][TAPS];
+    unsigned channel_largest[8], largest = 0;
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int channel = chunk * 8 + j;
+      const bool inside = k0 + k < c.K && channel < c.C;
+      const float* const from = w + ((long long)(k0 + k) * c.C + channel) * TAPS;
+      channel_largest[j] = 0;
+      #pragma unroll
+      for (int tap = 0; tap < TAPS; ++tap) {
+        value[j][tap] = inside ? __ldg(from + tap) : 0.0f;
+        channel_largest[j] = max(channel_largest[j], magnitude(value[j][tap]));
+      }
+      largest = max(largest, channel_largest[j]);
+    }
+    for (int lanes = 1; lanes < 8; lanes *= 2) {
+      largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+    }
+    const int scale = scale_for(largest, WEIGHT_TOP);
+    const HalfRange range(scale);
+    const float factor = power_of_two(scale);
+    bool good = true;
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) good = good && range.holds(channel_largest[j]);
+    if (!good) state->weights_bad = 1;
+    if (chunk == 0) {
+      state->exponent[k] = (short)-(input_scale + scale);
+      state->bias[k] = bias && k0 + k < c.K ? __ldg(bias + k0 + k) : 0.0f;
+    }
+    #pragma unroll
+    for (int tap = 0; tap < TAPS; ++tap) {
+      __half2 packed[4];
+      #pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        packed[j] =
+            __floats2half2_rn(factor * value[2 * j][tap], factor * value[2 * j + 1][tap]);
+      }
+      *reinterpret_cast<uint4*>(shared + tap * WEIGHT_TAP + k * PIXEL + ((chunk ^ k % 8) << 4)) =
+          *reinterpret_cast<const uint4*>(packed);
+    }
+  }
+}
+
+// Sums of 128 filters, in two halves, by 136 columns: over the threads of a warpgroup as
+// wgmma_m64n136k16_f16 lays them out.
+using Sums = float[2][PRODUCT_W / 2];
+
+// One output row: all taps. `pixels`: where the first tap's window starts within a ring row; a tap
+// further right starts a pixel later.
+__device__ __forceinline__ void multiply(Sums& sum, unsigned weights, unsigned ring, int q,
+                                         int pixels) {
+  wgmma_fence();
+  #pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const unsigned row = ring + (q + r) % RING * RING_ROW + pixels * PIXEL;
+    #pragma unroll
+    for (int s = 0; s < S; ++s) {
+      #pragma unroll
+      for (int part = 0; part < CHANNELS / 16; ++part) {  // 16 channels are 32 bytes
+        const unsigned filters = weights + (r * S + s) * WEIGHT_TAP + part * 32;
+        const unsigned long long window = swizzled_rows(row + s * PIXEL + part * 32);
+        wgmma_m64n136k16_f16(sum[0], swizzled_rows(filters), window, r + s + part);
+        wgmma_m64n136k16_f16(sum[1], swizzled_rows(filters + 64 * PIXEL), window, r + s + part);
+      }
+    }
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+}
+
+struct Out {
+  float* first;     // (n, k0, oh, ow0)
+  int plane;        // floats from a filter to the next; an image has less than 2^31
+  int filters;      // of the block's 128 that there are
+  int columns;      // of the strip's that there are
+  bool leftmost;    // no strip on the left
+};
+
+// Writes one output row. Through shared memory, so that a warp's store is 4 pieces of 128 bytes,
+// each on whole sectors: the sums' own order would be 8 pieces of 32 bytes that straddle them.
+__device__ __forceinline__ void store(const Sums& sum, float* stage, const Out& out,
+                                      const State* state) {
+  const int lane = threadIdx.x % 32, quarter = threadIdx.x / 32 % 4;
+  #pragma unroll
+  for (int eight = 0; eight < 4; ++eight) {
+    const int k0 = eight / 2 * 64 + quarter * 16 + eight % 2 * 8, k = k0 + lane / 4;
+    // two factors: their product may not fit a float
+    const int exponent = state->exponent[k], first = min(126, max(-126, exponent));
+    const float factor = power_of_two(first), second = power_of_two(exponent - first);
+    const float bias = state->bias[k];
+    const auto finished = [&](int j, int i) {
+      return fmaf(sum[eight / 2][4 * j + eight % 2 * 2 + i] * factor, second, bias);
+    };
+    const int column = lane % 4 * 2;
+    float* const row = out.first + k * out.plane;
+#if STORES == 0
+    #pragma unroll
+    for (int j = 0; j < TILE_W / 8; ++j) {
+      #pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int at = 8 * j + column + i;
+        if (k < out.filters && at < out.columns) row[at] = finished(j, i);
+      }
+    }
+#else
+    const int skip = STORES == 2 ? columns_to_sector(row) : 0;
+    if (STORES == 2 && out.leftmost && k < out.filters) {
+      #pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (column + i < skip && column + i < out.columns) row[column + i] = finished(0, i);
+      }
+    }
+    #pragma unroll
+    for (int piece = 0; piece < TILE_W; piece += 32) {
+      #pragma unroll
+      for (int j = piece / 8; j < piece / 8 + 5; ++j) {
+        #pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int at = 8 * j + column + i - skip - piece;
+          if ((unsigned)at < 32u) stage[lane / 4 * STAGE_PITCH + at] = finished(j, i);
+        }
+      }
+      __syncwarp();
+      #pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int line = i * 4 + lane / 8, at = lane % 8 * 4;
+        float* const to = out.first + (k0 + line) * out.plane;
+        const int start = piece + at + (STORES == 2 ? columns_to_sector(to) : 0);
+        const float4 v = *reinterpret_cast<const float4*>(stage + line * STAGE_PITCH + at);
+        if (k0 + line < out.filters) {
+          if (STORES == 2 && start + 4 <= out.columns) {
+            *reinterpret_cast<float4*>(to + start) = v;
+          } else {
+            if (start < out.columns) to[start] = v.x;
+            if (start + 1 < out.columns) to[start + 1] = v.y;
+            if (start + 2 < out.columns) to[start + 2] = v.z;
+            if (start + 3 < out.columns) to[start + 3] = v.w;
+          }
+        }
+      }
+      __syncwarp();
+    }
+#endif
+  }
+}
+
+// Filters k0 to k0 + 7 of one output row again, in fp32 from global memory, by one warp: for values
+// that fp16 cannot hold. Right for any input, and slow.
+__device__ __forceinline__ void compute_in_fp32(const float* __restrict__ x,
+                                                const float* __restrict__ w, const Conv& c,
+                                                const Out& out, const State* state, int first_k,
+                                                int k0, int n, int oh, int ow0) {
+  constexpr int FILTERS = 8, GROUPS = (PRODUCT_W + 31) / 32;
+  const int lane = threadIdx.x % 32;
+  float sum[FILTERS][GROUPS] = {};
+  #pragma unroll 1
+  for (int channel = 0; channel < c.C; ++channel) {
+    #pragma unroll 1
+    for (int tap = 0; tap < TAPS; ++tap) {
+      const int ih = oh - c.pad_h + tap / S, iw = ow0 - c.pad_w + tap % S + lane;
+      const float* const row = x + (((long long)n * c.C + channel) * c.H + ih) * c.W;
+      float value[GROUPS];
+      #pragma unroll
+      for (int g = 0; g < GROUPS; ++g) {
+        const bool inside = (unsigned)ih < (unsigned)c.H && (unsigned)(iw + 32 * g) < (unsigned)c.W;
+        value[g] = inside ? __ldg(row + iw + 32 * g) : 0.0f;
+      }
+      #pragma unroll
+      for (int k = 0; k < FILTERS; ++k) {
+        const int filter = min(first_k + k0 + k, c.K - 1);
+        const float weight = __ldg(w + ((long long)filter * c.C + channel) * TAPS + tap);
+        #pragma unroll
+        for (int g = 0; g < GROUPS; ++g) sum[k][g] = fmaf(value[g], weight, sum[k][g]);
+      }
+    }
+  }
+  #pragma unroll
+  for (int k = 0; k < FILTERS; ++k) {
+    if (k0 + k >= out.filters) break;
+    float* const row = out.first + (k0 + k) * out.plane;
+    const int skip = STORES == 2 ? columns_to_sector(row) : 0;
+    const int begin = out.leftmost ? 0 : skip, end = min(skip + TILE_W, out.columns);
+    #pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+      const int at = lane + 32 * g;
+      if (at >= begin && at < end) row[at] = sum[k][g] + state->bias[k0 + k];
+    }
+  }
+}
+
+__device__ __forceinline__ void consume(const float* __restrict__ x, const float* __restrict__ w,
+                                        const float* __restrict__ bias, float* __restrict__ y,
+                                        const Conv& c, const Plan& plan, int k0, int first_item,
+                                        int item_step, unsigned char* shared, State* state,
+                                        int scale) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warpgroup = warp / 4;
+  float* const stage = reinterpret_cast<float*>(shared + STAGE_AT) + warp * STAGE;
+  convert_weights(w, bias, c, k0, shared, state, scale);
+  fence_for_wgmma();
+  named_barrier<CONSUMERS>(1);
+
+  const unsigned weights = shared_address(shared), ring = weights + RING_AT;
+  Out out;
+  out.plane = c.OH * c.OW;
+  out.filters = min(BLOCK_K, c.K - k0);
+  int q0 = 0, under_way = 0;  // q0: rows that went through the ring before this item
+  for (int item = first_item; item < plan.items; item += item_step) {
+    const Item at = item_at(item, plan, c);
+    float* const first = y + (((long long)at.n * c.K + k0) * c.OH + at.oh0) * c.OW + at.ow0;
+    out.columns = c.OW - at.ow0;
+    out.leftmost = at.ow0 == 0;
+    // the warpgroups take rows in turn: while one stores, the other multiplies
+    #pragma unroll 1
+    for (int i = warpgroup; i < at.rows; i += 2) {
+      const int q = q0 + i;
+      Sums sum;
+      for (int r = 0; r < R; ++r) {
+        mbarrier_wait(shared_address(&state->full[(q + r) % RING]), (q + r) / RING & 1);
+      }
+      multiply(sum, weights, ring, q, (at.ow0 - c.pad_w) & 3);
+      __syncwarp();
+      if (lane == 0) {
+        // each ring row waits for R products; rows at an item's edges have fewer
+        for (int r = 0; r < R; ++r) {
+          const int arrivals = 1 + (i == 0 ? R - 1 - r : 0) + (i == at.rows - 1 ? r : 0);
+          mbarrier_arrive(shared_address(&state->empty[(q + r) % RING]), arrivals);
+        }
+      }
+      out.first = first + (long long)i * c.OW;
+      store(sum, stage, out, state);
+    }
+    q0 += at.rows + R - 1;
+
+    // rows that fp16 cannot hold, if any
+    named_barrier<CONSUMERS>(1);  // all rows were seen, all sums stored
+    BadRows bad = state->bad[under_way];
+    if (state->weights_bad) bad = {0, at.rows + R - 2};
+    named_barrier<CONSUMERS>(1);  // all have read it
+    if (threadIdx.x == 0) state->bad[under_way] = {INT_MAX, -1};
+    under_way = (under_way + 1) % ITEMS_UNDER_WAY;
+    for (int row = max(0, bad.first - (R - 1)); row <= min(bad.last, at.rows - 1); ++row) {
+      out.first = first + (long long)row * c.OW;
+      #pragma unroll 1
+      for (int k = warp * 16; k < warp * 16 + 16; k += 8) {
+        compute_in_fp32(x, w, c, out, state, k0, k, at.n, at.oh0 + row, at.ow0);
+      }
+    }
+  }
+}
+
+template <bool WIDE>
+__global__ void __launch_bounds__(THREADS, 1)
+    conv2d_hopper_ring(const float* __restrict__ x, const float* __restrict__ w,
+                       const float* __restrict__ bias, float* __restrict__ y, const Conv c,
+                       const Plan plan, const int blocks_k) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  State* const state = reinterpret_cast<State*>(shared + STATE_AT);
+  if (threadIdx.x == 0) {
+    if (shared_address(shared) % 1024) __trap();
+    for (int i = 0; i < RING; ++i) {
+      mbarrier_init(shared_address(&state->full[i]), PRODUCERS / 32);
+      mbarrier_init(shared_address(&state->empty[i]), R * WARPGROUP / 32);
+    }
+    for (int i = 0; i < ITEMS_UNDER_WAY; ++i) state->bad[i] = {INT_MAX, -1};
+    state->weights_bad = 0;
+  }
+  const long long count = (long long)c.N * c.C * c.H * c.W;
+  const int scale =
+      sampled_scale<THREADS / 32>(x, count, reinterpret_cast<unsigned*>(shared + STAGE_AT));
+  __syncthreads();
+  const int k0 = blockIdx.x % blocks_k * BLOCK_K;
+  const int first_item = blockIdx.x / blocks_k, item_step = gridDim.x / blocks_k;
+  if (threadIdx.x < CONSUMERS) {
+    more_registers<CONSUMER_REGISTERS>();
+    consume(x, w, bias, y, c, plan, k0, first_item, item_step, shared, state, scale);
+  } else {
+    fewer_registers<PRODUCER_REGISTERS>();
+    produce<WIDE>(x, c, plan, first_item, item_step, shared, state, scale);
+  }
+}
+
+// Strips are cut into parts so that the blocks that run at once finish together: a part costs its
+// rows, and some to start with.
+static Plan plan_for(const Conv& c, int blocks) {
+  constexpr int START = 6;  // rows' worth
+  Plan best = {};
+  long long least = LLONG_MAX;
+  const int strips = (c.OW + TILE_W - 1) / TILE_W;
+  for (int parts = 1; parts <= min(c.OH, 64); ++parts) {
+    const int rows = (c.OH + parts - 1) / parts, real = (c.OH + rows - 1) / rows;
+    const long long items = (long long)c.N * strips * real;
+    const long long cost = (items + blocks - 1) / blocks * (rows + START);
+    if (cost < least) {
+      least = cost;
+      best = {strips, real, rows, (int)items};
+    }
+  }
+  return best;
+}
+
+template <bool WIDE>
+static int launch(const float* x, const float* w, const float* bias, float* y, const Conv& c,
+                  cudaStream_t stream) {
+  int device, multiprocessors;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(conv2d_hopper_ring<WIDE>,
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
+  }
+  if (error != cudaSuccess) return (int)error;
+  const int blocks_k = (c.K + BLOCK_K - 1) / BLOCK_K;
+  const int at_once = max(1, multiprocessors / blocks_k);  // a block has the SM for itself
+  const Plan plan = plan_for(c, at_once);
+  const int blocks = blocks_k * min(plan.items, at_once);
+  conv2d_hopper_ring<WIDE>
+      <<<blocks, THREADS, SHARED_BYTES, stream>>>(x, w, bias, y, c, plan, blocks_k);
+  return (int)cudaGetLastError();
+}
+
+extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
+                               const Conv* c, void* stream) {
+  const bool wide = c->W % 4 == 0 && (unsigned long long)x % 16 == 0;
+  return wide ? launch<true>(x, w, bias, y, *c, (cudaStream_t)stream)
+              : launch<false>(x, w, bias, y, *c, (cudaStream_t)stream);
+}
+"""
+)
+
+
+def refuses(shape: ConvShape) -> str | None:
+    """3×3, stride 1, dilation 1, one group, up to 64 input channels; any size, padding and bias."""
+    if shape.kernel != (3, 3) or shape.stride != (1, 1) or shape.dilation != (1, 1):
+        return f"its window slides over 3×3 pixels, stride 1, dilation 1 ({shape})"
+    if shape.groups > 1 or shape.in_channels > 64:
+        return f"its ring holds 64 channels of one group ({shape})"
+    if max(math.prod(shape.input_shape[1:]), math.prod(shape.output_shape[1:])) >= 2**31:
+        return f"offsets within an image need more than 31 bits ({shape})"
+    strips = -(-shape.out_width // 128)
+    if shape.batch * strips * min(shape.out_height, 64) >= 2**31:
+        return f"its items are counted with 31 bits ({shape})"
+    return None
+
+
+RUNG = Rung(
+    name="k07_hopper_ring",
+    idea="wgmma, resident weights, a ring of rows, whole-sector stores",
+    notebook="06_hopper",
+    source=SOURCE,
+    refuses=refuses,
+    precision="tf32",
+    capability=(9, 0),
+    arch="90a",
+    defines=DEFINES,
+    variants=VARIANTS,
+    emulated=False,
+)
