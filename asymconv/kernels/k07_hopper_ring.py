@@ -10,12 +10,11 @@ from asymconv.kernels.ptx import HOPPER, wgmma_f16
 from asymconv.kernels.rung import Rung
 from asymconv.problem import ConvShape
 
-DEFINES = {"STORES": 2, "RING": 4, "PRODUCER_REGISTERS": 88, "CONSUMER_REGISTERS": 168}
+DEFINES = {"SHIFT": 1, "RING": 4, "PRODUCER_REGISTERS": 96, "CONSUMER_REGISTERS": 104}
 
 VARIANTS = (
-    {"STORES": 2},
-    {"STORES": 1},
-    {"STORES": 0},
+    {"SHIFT": 1},
+    {"SHIFT": 0},
 )
 
 SOURCE = (
@@ -30,8 +29,8 @@ SOURCE = (
 constexpr int BLOCK_K = 128, CHANNELS = 64, R = 3, S = 3, TAPS = R * S;
 constexpr int TILE_W = 128, PRODUCT_W = TILE_W + 8;
 
-// Warps: two warpgroups multiply, 64 filters each, and two fetch.
-constexpr int WARPGROUP = 128, CONSUMERS = 2 * WARPGROUP, PRODUCERS = 2 * WARPGROUP;
+// Warpgroups: two pairs multiply and store, a row in turn; one of a pair has 64 filters. One fetches.
+constexpr int WARPGROUP = 128, CONSUMERS = 4 * WARPGROUP, PRODUCERS = WARPGROUP;
 constexpr int THREADS = CONSUMERS + PRODUCERS;
 
 // Shared memory, in bytes. A pixel is a row of 64 channels, 128 bytes in 8 chunks of 16, chunk i
@@ -39,9 +38,7 @@ constexpr int THREADS = CONSUMERS + PRODUCERS;
 // start of a strip within 16 bytes.
 constexpr int PIXEL = CHANNELS * 2, RING_W = 144, RING_ROW = RING_W * PIXEL;
 constexpr int WEIGHT_TAP = BLOCK_K * PIXEL, WEIGHTS = TAPS * WEIGHT_TAP;
-constexpr int STAGE_PITCH = 40, STAGE = 8 * STAGE_PITCH;  // floats; of a warp: 8 filters, 32 columns
-constexpr int RING_AT = WEIGHTS, STAGE_AT = RING_AT + RING * RING_ROW;
-constexpr int STATE_AT = STAGE_AT + CONSUMERS / 32 * STAGE * 4;
+constexpr int RING_AT = WEIGHTS, STATE_AT = RING_AT + RING * RING_ROW;
 static_assert(RING_ROW % 1024 == 0, "a ring row starts a group of 8 swizzled rows");
 static_assert(RING_W >= 3 + PRODUCT_W + S - 1, "a tap's window lies in the ring row");
 static_assert(RING >= R + 1, "a row is filled while three are read");
@@ -55,8 +52,7 @@ struct State {
   unsigned long long full[RING], empty[RING];
   BadRows bad[ITEMS_UNDER_WAY];
   int weights_bad;
-  short exponent[BLOCK_K];  // of the power of two that a filter's sums are multiplied by at last
-  float bias[BLOCK_K];
+  float factor[BLOCK_K], bias[BLOCK_K];  // what makes sums outputs
 };
 constexpr int SHARED_BYTES = STATE_AT + sizeof(State);
 static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than a block can have");
@@ -80,6 +76,13 @@ __device__ __forceinline__ int columns_to_sector(const float* row) {
   return (int)((8 - (((unsigned long long)row >> 2) & 7)) & 7);
 }
 
+// The same value, of which the compiler knows nothing: it cannot compute addresses once and for
+// all and keep them, where registers are scarcer than multiplications.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // ---- producers: global fp32, (channel, row, column) -> ring, fp16, (row, column, channel)
 
 // Four neighbouring values of a row of an image; zero outside. WIDE: `row` and `column` are on 16
@@ -101,93 +104,133 @@ __device__ __forceinline__ unsigned largest_of(float4 v) {
   return max(max(magnitude(v.x), magnitude(v.y)), max(magnitude(v.z), magnitude(v.w)));
 }
 
-template <bool WIDE>
-__device__ __forceinline__ void produce(const float* __restrict__ x, const Conv& c,
-                                        const Plan& plan, int first_item, int item_step,
-                                        unsigned char* shared, State* state, int scale) {
-  const int thread = threadIdx.x - CONSUMERS, lane = thread % 32, warp = thread / 32;
-  const float factor = power_of_two(scale);
-  const HalfRange range(scale);
-  const int plane = c.H * c.W;  // an image has less than 2^31 values
+// Goes through the rows of this block's items. Where an item lies is worked out again for each row:
+// registers are scarcer here than divisions.
+struct Cursor {
+  int item, row;  // row: of the input, from the item's first
+  __device__ __forceinline__ void next(const Plan& plan, const Conv& c, int item_step) {
+    if (++row < item_at(opaque(item), plan, c).rows + R - 1) return;
+    row = 0;
+    item += item_step;
+  }
+};
 
-  // A warp fetches 32 pixels of 32 channels, a thread 4 of 8: in global memory 4 rows of 128 bytes
-  // an instruction, in shared memory 8 different chunks for any 8 neighbouring lanes.
-  const int group = (lane & 1) | (lane >> 3) << 1;  // of 4 pixels
-  const int pixel = warp % 4 * 32 + group * 4, chunk = warp / 4 * 4 + (lane >> 1) % 4;
-  // The halo right of that, 16 pixels: a thread fetches 4 of one channel.
-  const int halo_pixel = TILE_W + lane % 4 * 4, halo_channel = warp * 8 + lane / 4;
+// Bytes from a ring row's start to a chunk of a pixel. Rows start groups of 8 swizzled pixels.
+__device__ __forceinline__ int in_row(int pixel, int chunk) {
+  return pixel * PIXEL + ((chunk ^ pixel % 8) << 4);
+}
 
-  int item = first_item;
-  if (item >= plan.items) return;
-  Item at = item_at(item, plan, c);
-  const float* source = x + at.n * ((long long)c.C * plane);
+// What of a half of a row's channels a thread fetches. A warp: 32 pixels of 32 channels, a thread 4
+// of 8: in global memory 4 rows of 128 bytes an instruction, in shared memory 8 different chunks
+// for any 8 neighbouring lanes. Of the 16 pixels right of that, the halo, a thread has 4 of one
+// channel.
+struct Place {
+  int pixel, chunk, halo_pixel, halo_channel;
+  __device__ __forceinline__ explicit Place(int half) {
+    const int thread = opaque(threadIdx.x) % WARPGROUP, lane = thread % 32;
+    pixel = thread / 32 * 32 + ((lane & 1) | (lane >> 3) << 1) * 4;
+    chunk = half * 4 + lane / 2 % 4;
+    halo_pixel = TILE_W + lane % 4 * 4;
+    halo_channel = half * 32 + thread / 4;
+  }
+};
+
+struct Fetch {
   float4 value[8], halo;
-  int row = 0, slot = 0, parity = 1, under_way = 0;  // a ring's first round waits for nothing
-  const auto load = [&] {
-    const int ih = at.oh0 - c.pad_h + row;
-    const int iw = ((at.ow0 - c.pad_w) & ~3) + pixel;
+
+  template <bool WIDE>
+  __device__ __forceinline__ void load(const float* __restrict__ x, const Conv& c,
+                                       const Plan& plan, const Cursor& cursor, int half) {
+    const Place to(half);
+    const int plane = c.H * c.W;  // an image has less than 2^31 values
+    const Item at = item_at(opaque(cursor.item), plan, c);
+    const float* const image = x + at.n * ((long long)c.C * plane);
+    const int ih = at.oh0 - c.pad_h + cursor.row, iw = (at.ow0 - c.pad_w) & ~3;
     const bool inside = (unsigned)ih < (unsigned)c.H;
-    const int first = ih * c.W;
     #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int channel = chunk * 8 + i;
-      value[i] = load_four<WIDE>(source, channel * plane + first, iw, inside && channel < c.C, c.W);
+      const int channel = to.chunk * 8 + i;
+      value[i] = load_four<WIDE>(image, channel * plane + ih * c.W, iw + to.pixel,
+                                 inside && channel < c.C, c.W);
     }
-    halo = load_four<WIDE>(source, halo_channel * plane + first, iw - pixel + halo_pixel,
-                           inside && halo_channel < c.C, c.W);
-  };
+    halo = load_four<WIDE>(image, to.halo_channel * plane + ih * c.W, iw + to.halo_pixel,
+                           inside && to.halo_channel < c.C, c.W);
+  }
 
-  load();
-  while (true) {
-    mbarrier_wait(shared_address(&state->empty[slot]), parity);
-    unsigned char* const ring = shared + RING_AT + slot * RING_ROW;
+  __device__ __forceinline__ void put(unsigned char* ring, int half, float factor) const {
+    const Place to(half);
     #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const auto pick = [&](int j) { return factor * (&value[j].x)[i]; };
       __half2 packed[4];
       #pragma unroll
-      for (int j = 0; j < 4; ++j) packed[j] = __floats2half2_rn(pick(2 * j), pick(2 * j + 1));
-      *reinterpret_cast<uint4*>(ring + (pixel + i) * PIXEL + ((chunk ^ (pixel + i) % 8) << 4)) =
+      for (int j = 0; j < 4; ++j) {
+        packed[j] = __floats2half2_rn(factor * (&value[2 * j].x)[i],
+                                      factor * (&value[2 * j + 1].x)[i]);
+      }
+      *reinterpret_cast<uint4*>(ring + in_row(to.pixel + i, to.chunk)) =
           *reinterpret_cast<const uint4*>(packed);
     }
     #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int p = halo_pixel + i, place = (halo_channel / 8 ^ p % 8) << 4;
-      *reinterpret_cast<__half*>(ring + p * PIXEL + place + halo_channel % 8 * 2) =
-          __float2half_rn(factor * (&halo.x)[i]);
+      const int at = in_row(to.halo_pixel + i, to.halo_channel / 8) + to.halo_channel % 8 * 2;
+      *reinterpret_cast<__half*>(ring + at) = __float2half_rn(factor * (&halo.x)[i]);
     }
-    // runs: 32 pixels of a channel, the 8 lanes that share a chunk; the halo's 16, of 4 lanes
-    bool good = true;
+  }
+
+  // Whether fp16 holds them. Runs: 32 pixels of a channel, of 8 lanes; 16 of the halo, of 4.
+  __device__ __forceinline__ bool good(const HalfRange& range) const {
+    bool all = true;
     #pragma unroll
     for (int i = 0; i < 8; ++i) {
       unsigned largest = largest_of(value[i]);
       largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
       largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 8));
       largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 16));
-      good = good && range.holds(largest);
+      all = all && range.holds(largest);
     }
     unsigned largest = largest_of(halo);
     largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
     largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-    if (!(good && range.holds(largest))) {
+    return all && range.holds(largest);
+  }
+};
+
+template <bool WIDE>
+__device__ __forceinline__ void produce(const float* __restrict__ x, const Conv& c,
+                                        const Plan& plan, int first_item, int item_step,
+                                        unsigned char* shared, State* state, int scale) {
+  const float factor = power_of_two(scale);
+  const HalfRange range(scale);
+  if (first_item >= plan.items) return;
+  Cursor cursor = {first_item, 0};
+  Fetch low, high;  // channels 0 to 31, 32 to 63
+  low.load<WIDE>(x, c, plan, cursor, 0);
+  high.load<WIDE>(x, c, plan, cursor, 1);
+  int slot = 0, parity = 1, under_way = 0;  // the ring's first round waits for nothing
+  #pragma unroll 1
+  do {
+    // a row's values wait in registers until its place is free; then the next row's are fetched
+    const int row = cursor.row;
+    cursor.next(plan, c, item_step);
+    const bool more = cursor.item < plan.items;
+    bool good = low.good(range);
+    mbarrier_wait(shared_address(&state->empty[slot]), parity);
+    unsigned char* const ring = shared + RING_AT + slot * RING_ROW;
+    low.put(ring, 0, factor);
+    if (more) low.load<WIDE>(x, c, plan, cursor, 0);
+    good = high.good(range) && good;
+    high.put(ring, 1, factor);
+    if (!good) {
       atomicMin(&state->bad[under_way].first, row);
       atomicMax(&state->bad[under_way].last, row);
     }
     fence_for_wgmma();
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(shared_address(&state->full[slot]));
-
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state->full[slot]));
+    if (more) high.load<WIDE>(x, c, plan, cursor, 1);
     if (++slot == RING) slot = 0, parity ^= 1;
-    if (++row == at.rows + R - 1) {
-      row = 0;
-      under_way = (under_way + 1) % ITEMS_UNDER_WAY;
-      item += item_step;
-      if (item >= plan.items) break;
-      at = item_at(item, plan, c);
-      source = x + at.n * ((long long)c.C * plane);
-    }
-    load();
-  }
+    if (cursor.row == 0) under_way = (under_way + 1) % ITEMS_UNDER_WAY;
+  } while (cursor.item < plan.items);
 }
 
 // ---- consumers
@@ -198,20 +241,19 @@ __device__ __forceinline__ void convert_weights(const float* __restrict__ w,
                                                 const float* __restrict__ bias, const Conv& c,
                                                 int k0, unsigned char* shared, State* state,
                                                 int input_scale) {
+  #pragma unroll 1
   for (int i = threadIdx.x; i < BLOCK_K * (CHANNELS / 8); i += CONSUMERS) {
     const int k = i / 8, chunk = i % 8;  // 8 lanes share a filter
-    float value[8][TAPS];
+    const float* const filter = w + ((long long)(k0 + k) * c.C + chunk * 8) * TAPS;
+    const int channels = k0 + k < c.K ? c.C - chunk * 8 : 0;  // from this chunk's on
     unsigned channel_largest[8], largest = 0;
     #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const int channel = chunk * 8 + j;
-      const bool inside = k0 + k < c.K && channel < c.C;
-      const float* const from = w + ((long long)(k0 + k) * c.C + channel) * TAPS;
       channel_largest[j] = 0;
       #pragma unroll
       for (int tap = 0; tap < TAPS; ++tap) {
-        value[j][tap] = inside ? __ldg(from + tap) : 0.0f;
-        channel_largest[j] = max(channel_largest[j], magnitude(value[j][tap]));
+        const float v = j < channels ? __ldg(filter + j * TAPS + tap) : 0.0f;
+        channel_largest[j] = max(channel_largest[j], magnitude(v));
       }
       largest = max(largest, channel_largest[j]);
     }
@@ -226,26 +268,27 @@ __device__ __forceinline__ void convert_weights(const float* __restrict__ w,
     for (int j = 0; j < 8; ++j) good = good && range.holds(channel_largest[j]);
     if (!good) state->weights_bad = 1;
     if (chunk == 0) {
-      state->exponent[k] = (short)-(input_scale + scale);
+      const int exponent = -(input_scale + scale);
+      state->factor[k] = power_of_two(min(126, max(-126, exponent)));
+      if (exponent < -126 || exponent > 126) state->weights_bad = 1;
       state->bias[k] = bias && k0 + k < c.K ? __ldg(bias + k0 + k) : 0.0f;
     }
-    #pragma unroll
+    #pragma unroll 1
     for (int tap = 0; tap < TAPS; ++tap) {
+      const auto value = [&](int j) {
+        return j < channels ? factor * __ldg(filter + j * TAPS + tap) : 0.0f;
+      };
       __half2 packed[4];
       #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        packed[j] =
-            __floats2half2_rn(factor * value[2 * j][tap], factor * value[2 * j + 1][tap]);
-      }
+      for (int j = 0; j < 4; ++j) packed[j] = __floats2half2_rn(value(2 * j), value(2 * j + 1));
       *reinterpret_cast<uint4*>(shared + tap * WEIGHT_TAP + k * PIXEL + ((chunk ^ k % 8) << 4)) =
           *reinterpret_cast<const uint4*>(packed);
     }
   }
 }
 
-// Sums of 128 filters, in two halves, by 136 columns: over the threads of a warpgroup as
-// wgmma_m64n136k16_f16 lays them out.
-using Sums = float[2][PRODUCT_W / 2];
+// Sums of 64 filters by 136 columns, over a warpgroup's threads as wgmma_m64n136k16_f16 has them.
+using Sums = float[PRODUCT_W / 2];
 
 // One output row: all taps. `pixels`: where the first tap's window starts within a ring row; a tap
 // further right starts a pixel later.
@@ -259,10 +302,9 @@ __device__ __forceinline__ void multiply(Sums& sum, unsigned weights, unsigned r
     for (int s = 0; s < S; ++s) {
       #pragma unroll
       for (int part = 0; part < CHANNELS / 16; ++part) {  // 16 channels are 32 bytes
-        const unsigned filters = weights + (r * S + s) * WEIGHT_TAP + part * 32;
-        const unsigned long long window = swizzled_rows(row + s * PIXEL + part * 32);
-        wgmma_m64n136k16_f16(sum[0], swizzled_rows(filters), window, r + s + part);
-        wgmma_m64n136k16_f16(sum[1], swizzled_rows(filters + 64 * PIXEL), window, r + s + part);
+        wgmma_m64n136k16_f16(
+            sum, swizzled_rows(weights + (r * S + s) * WEIGHT_TAP + part * 32),
+            swizzled_rows(row + s * PIXEL + part * 32), r + s + part);
       }
     }
   }
@@ -271,78 +313,63 @@ __device__ __forceinline__ void multiply(Sums& sum, unsigned weights, unsigned r
 }
 
 struct Out {
-  float* first;     // (n, k0, oh, ow0)
-  int plane;        // floats from a filter to the next; an image has less than 2^31
-  int filters;      // of the block's 128 that there are
-  int columns;      // of the strip's that there are
-  bool leftmost;    // no strip on the left
+  float* first;   // (n, the warpgroup's first filter, oh, ow0)
+  int plane;      // floats from a filter to the next; an image has less than 2^31
+  int filters;    // of the warpgroup's 64 that there are; may be negative
+  int columns;    // of the strip's that there are
+  bool leftmost;  // no strip on the left
 };
 
-// Writes one output row. Through shared memory, so that a warp's store is 4 pieces of 128 bytes,
-// each on whole sectors: the sums' own order would be 8 pieces of 32 bytes that straddle them.
-__device__ __forceinline__ void store(const Sums& sum, float* stage, const Out& out,
-                                      const State* state) {
-  const int lane = threadIdx.x % 32, quarter = threadIdx.x / 32 % 4;
+// Writes one output row. Four lanes hold 8 neighbouring columns of a filter, 32 bytes, but a whole
+// sector starts `skip` columns further right. So the four pass their sums round: each sector comes
+// from two neighbouring eights. EVEN: rows start on 8 bytes, pairs of columns stay together.
+template <bool EVEN>
+__device__ __forceinline__ void store(const Sums& sum, const Out& out, const float* factors,
+                                      const float* biases) {
+  const int lane = threadIdx.x % 32, quarter = threadIdx.x / 32 % 4, column = lane % 4 * 2;
   #pragma unroll
-  for (int eight = 0; eight < 4; ++eight) {
-    const int k0 = eight / 2 * 64 + quarter * 16 + eight % 2 * 8, k = k0 + lane / 4;
-    // two factors: their product may not fit a float
-    const int exponent = state->exponent[k], first = min(126, max(-126, exponent));
-    const float factor = power_of_two(first), second = power_of_two(exponent - first);
-    const float bias = state->bias[k];
+  for (int eight = 0; eight < 2; ++eight) {
+    const int k = quarter * 16 + eight * 8 + lane / 4;
+    const float factor = factors[k], bias = biases[k];
     const auto finished = [&](int j, int i) {
-      return fmaf(sum[eight / 2][4 * j + eight % 2 * 2 + i] * factor, second, bias);
+      return fmaf(sum[4 * j + eight * 2 + i], factor, bias);
     };
-    const int column = lane % 4 * 2;
-    float* const row = out.first + k * out.plane;
-#if STORES == 0
+    float* const row = out.first + k * out.plane + column;
+    const int columns = k < out.filters ? out.columns - column : 0;  // from this thread's on
+    const int skip = SHIFT ? columns_to_sector(row - column) : 0;
+    const int odd = EVEN ? 0 : skip % 2;
+    // of column `column + i` right of the skipped ones: whose it is
+    const int from0 = (lane & ~3) | (column + skip) / 2 % 4;
+    const int from1 = EVEN ? from0 : (lane & ~3) | (column + 1 + skip) / 2 % 4;
+    const bool here0 = column + odd >= skip;  // or in the next eight
+    const bool here1 = EVEN ? here0 : column + 1 - odd >= skip;
+    float next0 = finished(0, 0), next1 = finished(0, 1);
+    if (SHIFT && out.leftmost) {  // nobody else writes the columns before the first whole sector
+      if (column < min(skip, columns + column)) row[0] = next0;
+      if (column + 1 < min(skip, columns + column)) row[1] = next1;
+    }
     #pragma unroll
     for (int j = 0; j < TILE_W / 8; ++j) {
-      #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int at = 8 * j + column + i;
-        if (k < out.filters && at < out.columns) row[at] = finished(j, i);
+      const float this0 = next0, this1 = next1;
+      next0 = finished(j + 1, 0), next1 = finished(j + 1, 1);
+      float v0 = this0, v1 = this1;
+      if (SHIFT) {
+        // what this thread sends: its own pair, or its pair of the next eight
+        const float send0 = EVEN ? (here0 ? this0 : next0)
+                                 : odd ? (here0 ? this1 : next1) : (here0 ? this0 : next0);
+        const float send1 = EVEN ? (here1 ? this1 : next1)
+                                 : odd ? (here1 ? this0 : next0) : (here1 ? this1 : next1);
+        v0 = __shfl_sync(0xffffffffu, send0, from0);
+        v1 = __shfl_sync(0xffffffffu, send1, from1);
+      }
+      float* const to = row + 8 * j + skip;
+      if (EVEN) {
+        if (8 * j + skip < columns) *reinterpret_cast<float2*>(to) = make_float2(v0, v1);
+      } else {
+        if (8 * j + skip < columns) to[0] = v0;
+        if (8 * j + skip + 1 < columns) to[1] = v1;
       }
     }
-#else
-    const int skip = STORES == 2 ? columns_to_sector(row) : 0;
-    if (STORES == 2 && out.leftmost && k < out.filters) {
-      #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (column + i < skip && column + i < out.columns) row[column + i] = finished(0, i);
-      }
-    }
-    #pragma unroll
-    for (int piece = 0; piece < TILE_W; piece += 32) {
-      #pragma unroll
-      for (int j = piece / 8; j < piece / 8 + 5; ++j) {
-        #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int at = 8 * j + column + i - skip - piece;
-          if ((unsigned)at < 32u) stage[lane / 4 * STAGE_PITCH + at] = finished(j, i);
-        }
-      }
-      __syncwarp();
-      #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int line = i * 4 + lane / 8, at = lane % 8 * 4;
-        float* const to = out.first + (k0 + line) * out.plane;
-        const int start = piece + at + (STORES == 2 ? columns_to_sector(to) : 0);
-        const float4 v = *reinterpret_cast<const float4*>(stage + line * STAGE_PITCH + at);
-        if (k0 + line < out.filters) {
-          if (STORES == 2 && start + 4 <= out.columns) {
-            *reinterpret_cast<float4*>(to + start) = v;
-          } else {
-            if (start < out.columns) to[start] = v.x;
-            if (start + 1 < out.columns) to[start + 1] = v.y;
-            if (start + 2 < out.columns) to[start + 2] = v.z;
-            if (start + 3 < out.columns) to[start + 3] = v.w;
-          }
-        }
-      }
-      __syncwarp();
-    }
-#endif
   }
 }
 
@@ -350,7 +377,7 @@ __device__ __forceinline__ void store(const Sums& sum, float* stage, const Out& 
 // that fp16 cannot hold. Right for any input, and slow.
 __device__ __forceinline__ void compute_in_fp32(const float* __restrict__ x,
                                                 const float* __restrict__ w, const Conv& c,
-                                                const Out& out, const State* state, int first_k,
+                                                const Out& out, const float* biases, int first_k,
                                                 int k0, int n, int oh, int ow0) {
   constexpr int FILTERS = 8, GROUPS = (PRODUCT_W + 31) / 32;
   const int lane = threadIdx.x % 32;
@@ -380,57 +407,57 @@ __device__ __forceinline__ void compute_in_fp32(const float* __restrict__ x,
   for (int k = 0; k < FILTERS; ++k) {
     if (k0 + k >= out.filters) break;
     float* const row = out.first + (k0 + k) * out.plane;
-    const int skip = STORES == 2 ? columns_to_sector(row) : 0;
+    const int skip = SHIFT ? columns_to_sector(row) : 0;
     const int begin = out.leftmost ? 0 : skip, end = min(skip + TILE_W, out.columns);
     #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       const int at = lane + 32 * g;
-      if (at >= begin && at < end) row[at] = sum[k][g] + state->bias[k0 + k];
+      if (at >= begin && at < end) row[at] = sum[k][g] + biases[k0 + k];
     }
   }
 }
 
+template <bool EVEN>
 __device__ __forceinline__ void consume(const float* __restrict__ x, const float* __restrict__ w,
                                         const float* __restrict__ bias, float* __restrict__ y,
                                         const Conv& c, const Plan& plan, int k0, int first_item,
                                         int item_step, unsigned char* shared, State* state,
                                         int scale) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warpgroup = warp / 4;
-  float* const stage = reinterpret_cast<float*>(shared + STAGE_AT) + warp * STAGE;
   convert_weights(w, bias, c, k0, shared, state, scale);
   fence_for_wgmma();
   named_barrier<CONSUMERS>(1);
 
-  const unsigned weights = shared_address(shared), ring = weights + RING_AT;
-  Out out;
-  out.plane = c.OH * c.OW;
-  out.filters = min(BLOCK_K, c.K - k0);
+  const int warpgroup = threadIdx.x / WARPGROUP, my_k = warpgroup % 2 * 64;
+  const unsigned weights = shared_address(shared) + my_k * PIXEL;
+  const unsigned ring = shared_address(shared) + RING_AT;
   int q0 = 0, under_way = 0;  // q0: rows that went through the ring before this item
   for (int item = first_item; item < plan.items; item += item_step) {
-    const Item at = item_at(item, plan, c);
-    float* const first = y + (((long long)at.n * c.K + k0) * c.OH + at.oh0) * c.OW + at.ow0;
-    out.columns = c.OW - at.ow0;
-    out.leftmost = at.ow0 == 0;
-    // the warpgroups take rows in turn: while one stores, the other multiplies
+    const auto row_of = [&](int i) {
+      const Item at = item_at(opaque(item), plan, c);
+      return Out{y + (((long long)at.n * c.K + k0 + my_k) * c.OH + at.oh0 + i) * c.OW + at.ow0,
+                 c.OH * c.OW, c.K - k0 - my_k, c.OW - at.ow0, at.ow0 == 0};
+    };
+    // the pairs take rows in turn: while one stores, the other multiplies
+    const int rows = item_at(item, plan, c).rows;
     #pragma unroll 1
-    for (int i = warpgroup; i < at.rows; i += 2) {
+    for (int i = warpgroup / 2; i < rows; i += 2) {
       const int q = q0 + i;
-      Sums sum;
       for (int r = 0; r < R; ++r) {
         mbarrier_wait(shared_address(&state->full[(q + r) % RING]), (q + r) / RING & 1);
       }
-      multiply(sum, weights, ring, q, (at.ow0 - c.pad_w) & 3);
+      Sums sum;
+      multiply(sum, opaque(weights), ring, q, (unsigned)-c.pad_w & 3);  // strips start on 16 bytes
       __syncwarp();
-      if (lane == 0) {
+      if (threadIdx.x % 32 == 0) {
         // each ring row waits for R products; rows at an item's edges have fewer
         for (int r = 0; r < R; ++r) {
-          const int arrivals = 1 + (i == 0 ? R - 1 - r : 0) + (i == at.rows - 1 ? r : 0);
+          const int arrivals = 1 + (i == 0 ? R - 1 - r : 0) + (i == rows - 1 ? r : 0);
           mbarrier_arrive(shared_address(&state->empty[(q + r) % RING]), arrivals);
         }
       }
-      out.first = first + (long long)i * c.OW;
-      store(sum, stage, out, state);
+      store<EVEN>(sum, row_of(i), state->factor + my_k, state->bias + my_k);
     }
+    const Item at = item_at(opaque(item), plan, c);
     q0 += at.rows + R - 1;
 
     // rows that fp16 cannot hold, if any
@@ -441,16 +468,14 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
     if (threadIdx.x == 0) state->bad[under_way] = {INT_MAX, -1};
     under_way = (under_way + 1) % ITEMS_UNDER_WAY;
     for (int row = max(0, bad.first - (R - 1)); row <= min(bad.last, at.rows - 1); ++row) {
-      out.first = first + (long long)row * c.OW;
-      #pragma unroll 1
-      for (int k = warp * 16; k < warp * 16 + 16; k += 8) {
-        compute_in_fp32(x, w, c, out, state, k0, k, at.n, at.oh0 + row, at.ow0);
-      }
+      const Out out = row_of(row);
+      const int k = threadIdx.x / 32 % 8 * 8;  // the two pairs share a row: 8 filters a warp
+      compute_in_fp32(x, w, c, out, state->bias + my_k, k0 + my_k, k, at.n, at.oh0 + row, at.ow0);
     }
   }
 }
 
-template <bool WIDE>
+template <bool WIDE, bool EVEN>
 __global__ void __launch_bounds__(THREADS, 1)
     conv2d_hopper_ring(const float* __restrict__ x, const float* __restrict__ w,
                        const float* __restrict__ bias, float* __restrict__ y, const Conv c,
@@ -461,20 +486,20 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (shared_address(shared) % 1024) __trap();
     for (int i = 0; i < RING; ++i) {
       mbarrier_init(shared_address(&state->full[i]), PRODUCERS / 32);
-      mbarrier_init(shared_address(&state->empty[i]), R * WARPGROUP / 32);
+      mbarrier_init(shared_address(&state->empty[i]), R * CONSUMERS / 2 / 32);
     }
     for (int i = 0; i < ITEMS_UNDER_WAY; ++i) state->bad[i] = {INT_MAX, -1};
     state->weights_bad = 0;
   }
   const long long count = (long long)c.N * c.C * c.H * c.W;
   const int scale =
-      sampled_scale<THREADS / 32>(x, count, reinterpret_cast<unsigned*>(shared + STAGE_AT));
+      sampled_scale<THREADS / 32>(x, count, reinterpret_cast<unsigned*>(shared));
   __syncthreads();
   const int k0 = blockIdx.x % blocks_k * BLOCK_K;
   const int first_item = blockIdx.x / blocks_k, item_step = gridDim.x / blocks_k;
   if (threadIdx.x < CONSUMERS) {
     more_registers<CONSUMER_REGISTERS>();
-    consume(x, w, bias, y, c, plan, k0, first_item, item_step, shared, state, scale);
+    consume<EVEN>(x, w, bias, y, c, plan, k0, first_item, item_step, shared, state, scale);
   } else {
     fewer_registers<PRODUCER_REGISTERS>();
     produce<WIDE>(x, c, plan, first_item, item_step, shared, state, scale);
@@ -500,7 +525,7 @@ static Plan plan_for(const Conv& c, int blocks) {
   return best;
 }
 
-template <bool WIDE>
+template <bool WIDE, bool EVEN>
 static int launch(const float* x, const float* w, const float* bias, float* y, const Conv& c,
                   cudaStream_t stream) {
   int device, multiprocessors;
@@ -509,7 +534,7 @@ static int launch(const float* x, const float* w, const float* bias, float* y, c
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(conv2d_hopper_ring<WIDE>,
+    error = cudaFuncSetAttribute(conv2d_hopper_ring<WIDE, EVEN>,
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
   }
   if (error != cudaSuccess) return (int)error;
@@ -517,7 +542,7 @@ static int launch(const float* x, const float* w, const float* bias, float* y, c
   const int at_once = max(1, multiprocessors / blocks_k);  // a block has the SM for itself
   const Plan plan = plan_for(c, at_once);
   const int blocks = blocks_k * min(plan.items, at_once);
-  conv2d_hopper_ring<WIDE>
+  conv2d_hopper_ring<WIDE, EVEN>
       <<<blocks, THREADS, SHARED_BYTES, stream>>>(x, w, bias, y, c, plan, blocks_k);
   return (int)cudaGetLastError();
 }
@@ -525,8 +550,9 @@ static int launch(const float* x, const float* w, const float* bias, float* y, c
 extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
                                const Conv* c, void* stream) {
   const bool wide = c->W % 4 == 0 && (unsigned long long)x % 16 == 0;
-  return wide ? launch<true>(x, w, bias, y, *c, (cudaStream_t)stream)
-              : launch<false>(x, w, bias, y, *c, (cudaStream_t)stream);
+  const auto run = c->OW % 2 == 0 ? (wide ? launch<true, true> : launch<false, true>)
+                                  : (wide ? launch<true, false> : launch<false, false>);
+  return run(x, w, bias, y, *c, (cudaStream_t)stream);
 }
 """
 )
