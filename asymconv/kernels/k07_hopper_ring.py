@@ -10,7 +10,7 @@ from asymconv.kernels.ptx import HOPPER, wgmma_f16
 from asymconv.kernels.rung import Rung
 from asymconv.problem import ConvShape
 
-DEFINES = {"SHIFT": 1, "RING": 4, "PRODUCER_REGISTERS": 96, "CONSUMER_REGISTERS": 104}
+DEFINES = {"SHIFT": 1, "RING": 4, "PRODUCER_REGISTERS": 72, "CONSUMER_REGISTERS": 184}
 
 VARIANTS = (
     {"SHIFT": 1},
@@ -29,8 +29,8 @@ SOURCE = (
 constexpr int BLOCK_K = 128, CHANNELS = 64, R = 3, S = 3, TAPS = R * S;
 constexpr int TILE_W = 128, PRODUCT_W = TILE_W + 8;
 
-// Warpgroups: two pairs multiply and store, a row in turn; one of a pair has 64 filters. One fetches.
-constexpr int WARPGROUP = 128, CONSUMERS = 4 * WARPGROUP, PRODUCERS = WARPGROUP;
+// Warpgroups: two multiply and store, rows in turn; two fetch, half of the channels each.
+constexpr int WARPGROUP = 128, CONSUMERS = 2 * WARPGROUP, PRODUCERS = 2 * WARPGROUP;
 constexpr int THREADS = CONSUMERS + PRODUCERS;
 
 // Shared memory, in bytes. A pixel is a row of 64 channels, 128 bytes in 8 chunks of 16, chunk i
@@ -54,6 +54,9 @@ struct State {
   int weights_bad;
   float factor[BLOCK_K], bias[BLOCK_K];  // what makes sums outputs
 };
+// a block has its threads' registers of the launch, and no more
+static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <= THREADS * 128,
+              "setmaxnreg would wait for ever");
 constexpr int SHARED_BYTES = STATE_AT + sizeof(State);
 static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than a block can have");
 
@@ -120,18 +123,18 @@ __device__ __forceinline__ int in_row(int pixel, int chunk) {
   return pixel * PIXEL + ((chunk ^ pixel % 8) << 4);
 }
 
-// What of a half of a row's channels a thread fetches. A warp: 32 pixels of 32 channels, a thread 4
+// What of a row a thread fetches. A warp: 32 pixels of 32 channels, a thread 4
 // of 8: in global memory 4 rows of 128 bytes an instruction, in shared memory 8 different chunks
 // for any 8 neighbouring lanes. Of the 16 pixels right of that, the halo, a thread has 4 of one
 // channel.
 struct Place {
   int pixel, chunk, halo_pixel, halo_channel;
-  __device__ __forceinline__ explicit Place(int half) {
-    const int thread = opaque(threadIdx.x) % WARPGROUP, lane = thread % 32;
-    pixel = thread / 32 * 32 + ((lane & 1) | (lane >> 3) << 1) * 4;
-    chunk = half * 4 + lane / 2 % 4;
+  __device__ __forceinline__ Place() {
+    const int thread = opaque(threadIdx.x) - CONSUMERS, lane = thread % 32, warp = thread / 32;
+    pixel = warp % 4 * 32 + ((lane & 1) | (lane >> 3) << 1) * 4;
+    chunk = warp / 4 * 4 + lane / 2 % 4;
     halo_pixel = TILE_W + lane % 4 * 4;
-    halo_channel = half * 32 + thread / 4;
+    halo_channel = thread / 4;
   }
 };
 
@@ -140,8 +143,8 @@ struct Fetch {
 
   template <bool WIDE>
   __device__ __forceinline__ void load(const float* __restrict__ x, const Conv& c,
-                                       const Plan& plan, const Cursor& cursor, int half) {
-    const Place to(half);
+                                       const Plan& plan, const Cursor& cursor) {
+    const Place to;
     const int plane = c.H * c.W;  // an image has less than 2^31 values
     const Item at = item_at(opaque(cursor.item), plan, c);
     const float* const image = x + at.n * ((long long)c.C * plane);
@@ -157,8 +160,8 @@ struct Fetch {
                            inside && to.halo_channel < c.C, c.W);
   }
 
-  __device__ __forceinline__ void put(unsigned char* ring, int half, float factor) const {
-    const Place to(half);
+  __device__ __forceinline__ void put(unsigned char* ring, float factor) const {
+    const Place to;
     #pragma unroll
     for (int i = 0; i < 4; ++i) {
       __half2 packed[4];
@@ -203,34 +206,28 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
   const HalfRange range(scale);
   if (first_item >= plan.items) return;
   Cursor cursor = {first_item, 0};
-  Fetch low, high;  // channels 0 to 31, 32 to 63
-  low.load<WIDE>(x, c, plan, cursor, 0);
-  high.load<WIDE>(x, c, plan, cursor, 1);
+  Fetch fetch;
+  fetch.load<WIDE>(x, c, plan, cursor);
   int slot = 0, parity = 1, under_way = 0;  // the ring's first round waits for nothing
   #pragma unroll 1
-  do {
+  while (true) {
     // a row's values wait in registers until its place is free; then the next row's are fetched
-    const int row = cursor.row;
-    cursor.next(plan, c, item_step);
-    const bool more = cursor.item < plan.items;
-    bool good = low.good(range);
+    const bool good = fetch.good(range);
     mbarrier_wait(shared_address(&state->empty[slot]), parity);
-    unsigned char* const ring = shared + RING_AT + slot * RING_ROW;
-    low.put(ring, 0, factor);
-    if (more) low.load<WIDE>(x, c, plan, cursor, 0);
-    good = high.good(range) && good;
-    high.put(ring, 1, factor);
+    fetch.put(shared + RING_AT + slot * RING_ROW, factor);
     if (!good) {
-      atomicMin(&state->bad[under_way].first, row);
-      atomicMax(&state->bad[under_way].last, row);
+      atomicMin(&state->bad[under_way].first, cursor.row);
+      atomicMax(&state->bad[under_way].last, cursor.row);
     }
     fence_for_wgmma();
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state->full[slot]));
-    if (more) high.load<WIDE>(x, c, plan, cursor, 1);
+    cursor.next(plan, c, item_step);
+    if (cursor.item >= plan.items) break;
+    fetch.load<WIDE>(x, c, plan, cursor);
     if (++slot == RING) slot = 0, parity ^= 1;
     if (cursor.row == 0) under_way = (under_way + 1) % ITEMS_UNDER_WAY;
-  } while (cursor.item < plan.items);
+  }
 }
 
 // ---- consumers
@@ -287,8 +284,9 @@ __device__ __forceinline__ void convert_weights(const float* __restrict__ w,
   }
 }
 
-// Sums of 64 filters by 136 columns, over a warpgroup's threads as wgmma_m64n136k16_f16 has them.
-using Sums = float[PRODUCT_W / 2];
+// Sums of 128 filters by 136 columns: over the threads of a warpgroup in two halves, each as
+// wgmma_m64n136k16_f16 has it.
+using Sums = float[2][PRODUCT_W / 2];
 
 // One output row: all taps. `pixels`: where the first tap's window starts within a ring row; a tap
 // further right starts a pixel later.
@@ -302,9 +300,10 @@ __device__ __forceinline__ void multiply(Sums& sum, unsigned weights, unsigned r
     for (int s = 0; s < S; ++s) {
       #pragma unroll
       for (int part = 0; part < CHANNELS / 16; ++part) {  // 16 channels are 32 bytes
-        wgmma_m64n136k16_f16(
-            sum, swizzled_rows(weights + (r * S + s) * WEIGHT_TAP + part * 32),
-            swizzled_rows(row + s * PIXEL + part * 32), r + s + part);
+        const unsigned filters = weights + (r * S + s) * WEIGHT_TAP + part * 32;
+        const unsigned long long window = swizzled_rows(row + s * PIXEL + part * 32);
+        wgmma_m64n136k16_f16(sum[0], swizzled_rows(filters), window, r + s + part);
+        wgmma_m64n136k16_f16(sum[1], swizzled_rows(filters + 64 * PIXEL), window, r + s + part);
       }
     }
   }
@@ -313,9 +312,9 @@ __device__ __forceinline__ void multiply(Sums& sum, unsigned weights, unsigned r
 }
 
 struct Out {
-  float* first;   // (n, the warpgroup's first filter, oh, ow0)
+  float* first;   // (n, k0, oh, ow0)
   int plane;      // floats from a filter to the next; an image has less than 2^31
-  int filters;    // of the warpgroup's 64 that there are; may be negative
+  int filters;    // of the block's 128 that there are
   int columns;    // of the strip's that there are
   bool leftmost;  // no strip on the left
 };
@@ -328,11 +327,11 @@ __device__ __forceinline__ void store(const Sums& sum, const Out& out, const flo
                                       const float* biases) {
   const int lane = threadIdx.x % 32, quarter = threadIdx.x / 32 % 4, column = lane % 4 * 2;
   #pragma unroll
-  for (int eight = 0; eight < 2; ++eight) {
-    const int k = quarter * 16 + eight * 8 + lane / 4;
+  for (int eight = 0; eight < 4; ++eight) {
+    const int k = eight / 2 * 64 + quarter * 16 + eight % 2 * 8 + lane / 4;
     const float factor = factors[k], bias = biases[k];
     const auto finished = [&](int j, int i) {
-      return fmaf(sum[4 * j + eight * 2 + i], factor, bias);
+      return fmaf(sum[eight / 2][4 * j + eight % 2 * 2 + i], factor, bias);
     };
     float* const row = out.first + k * out.plane + column;
     const int columns = k < out.filters ? out.columns - column : 0;  // from this thread's on
@@ -427,20 +426,18 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
   fence_for_wgmma();
   named_barrier<CONSUMERS>(1);
 
-  const int warpgroup = threadIdx.x / WARPGROUP, my_k = warpgroup % 2 * 64;
-  const unsigned weights = shared_address(shared) + my_k * PIXEL;
-  const unsigned ring = shared_address(shared) + RING_AT;
+  const unsigned weights = shared_address(shared), ring = weights + RING_AT;
   int q0 = 0, under_way = 0;  // q0: rows that went through the ring before this item
   for (int item = first_item; item < plan.items; item += item_step) {
     const auto row_of = [&](int i) {
       const Item at = item_at(opaque(item), plan, c);
-      return Out{y + (((long long)at.n * c.K + k0 + my_k) * c.OH + at.oh0 + i) * c.OW + at.ow0,
-                 c.OH * c.OW, c.K - k0 - my_k, c.OW - at.ow0, at.ow0 == 0};
+      return Out{y + (((long long)at.n * c.K + k0) * c.OH + at.oh0 + i) * c.OW + at.ow0,
+                 c.OH * c.OW, c.K - k0, c.OW - at.ow0, at.ow0 == 0};
     };
-    // the pairs take rows in turn: while one stores, the other multiplies
+    // the warpgroups take rows in turn: while one stores, the other multiplies
     const int rows = item_at(item, plan, c).rows;
     #pragma unroll 1
-    for (int i = warpgroup / 2; i < rows; i += 2) {
+    for (int i = threadIdx.x / WARPGROUP; i < rows; i += 2) {
       const int q = q0 + i;
       for (int r = 0; r < R; ++r) {
         mbarrier_wait(shared_address(&state->full[(q + r) % RING]), (q + r) / RING & 1);
@@ -455,7 +452,7 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
           mbarrier_arrive(shared_address(&state->empty[(q + r) % RING]), arrivals);
         }
       }
-      store<EVEN>(sum, row_of(i), state->factor + my_k, state->bias + my_k);
+      store<EVEN>(sum, row_of(i), state->factor, state->bias);
     }
     const Item at = item_at(opaque(item), plan, c);
     q0 += at.rows + R - 1;
@@ -469,8 +466,10 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
     under_way = (under_way + 1) % ITEMS_UNDER_WAY;
     for (int row = max(0, bad.first - (R - 1)); row <= min(bad.last, at.rows - 1); ++row) {
       const Out out = row_of(row);
-      const int k = threadIdx.x / 32 % 8 * 8;  // the two pairs share a row: 8 filters a warp
-      compute_in_fp32(x, w, c, out, state->bias + my_k, k0 + my_k, k, at.n, at.oh0 + row, at.ow0);
+      #pragma unroll 1
+      for (int k = threadIdx.x / 32 * 8; k < BLOCK_K; k += CONSUMERS / 32 * 8) {
+        compute_in_fp32(x, w, c, out, state->bias, k0, k, at.n, at.oh0 + row, at.ow0);
+      }
     }
   }
 }
@@ -486,7 +485,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (shared_address(shared) % 1024) __trap();
     for (int i = 0; i < RING; ++i) {
       mbarrier_init(shared_address(&state->full[i]), PRODUCERS / 32);
-      mbarrier_init(shared_address(&state->empty[i]), R * CONSUMERS / 2 / 32);
+      mbarrier_init(shared_address(&state->empty[i]), R * WARPGROUP / 32);
     }
     for (int i = 0; i < ITEMS_UNDER_WAY; ++i) state->bad[i] = {INT_MAX, -1};
     state->weights_bad = 0;
