@@ -10,7 +10,7 @@ from asymconv.kernels.ptx import HOPPER, wgmma_f16
 from asymconv.kernels.rung import Rung
 from asymconv.problem import ConvShape
 
-DEFINES = {"SHIFT": 1, "RING": 4, "PRODUCER_REGISTERS": 80, "CONSUMER_REGISTERS": 176}
+DEFINES = {"SHIFT": 1, "RING": 4}
 
 VARIANTS = (
     {"SHIFT": 1},
@@ -29,7 +29,7 @@ SOURCE = (
 constexpr int BLOCK_K = 128, CHANNELS = 64, R = 3, S = 3, TAPS = R * S;
 constexpr int TILE_W = 128, PRODUCT_W = TILE_W + 8;
 
-// Warpgroups: two multiply and store, rows in turn; two fetch, half of the channels each.
+// Warpgroups: two multiply and store, 64 filters each; two fetch, half of the channels each.
 constexpr int WARPGROUP = 128, CONSUMERS = 2 * WARPGROUP, PRODUCERS = 2 * WARPGROUP;
 constexpr int THREADS = CONSUMERS + PRODUCERS;
 
@@ -38,7 +38,9 @@ constexpr int THREADS = CONSUMERS + PRODUCERS;
 // start of a strip within 16 bytes.
 constexpr int PIXEL = CHANNELS * 2, RING_W = 144, RING_ROW = RING_W * PIXEL;
 constexpr int WEIGHT_TAP = BLOCK_K * PIXEL, WEIGHTS = TAPS * WEIGHT_TAP;
-constexpr int RING_AT = WEIGHTS, STATE_AT = RING_AT + RING * RING_ROW;
+constexpr int STAGE_PITCH = 40, STAGE = 8 * STAGE_PITCH;  // floats; a warp's 8 filters, 32 columns
+constexpr int RING_AT = WEIGHTS, STAGE_AT = RING_AT + RING * RING_ROW;
+constexpr int STATE_AT = STAGE_AT + CONSUMERS / 32 * STAGE * 4;
 static_assert(RING_ROW % 1024 == 0, "a ring row starts a group of 8 swizzled rows");
 static_assert(RING_W >= 3 + PRODUCT_W + S - 1, "a tap's window lies in the ring row");
 static_assert(RING >= R + 1, "a row is filled while three are read");
@@ -52,11 +54,9 @@ struct State {
   unsigned long long full[RING], empty[RING];
   BadRows bad[ITEMS_UNDER_WAY];
   int weights_bad;
-  float factor[BLOCK_K], bias[BLOCK_K];  // what makes sums outputs
+  float bias[BLOCK_K];
+  signed char exponent[BLOCK_K];  // of the power of two that makes sums outputs
 };
-// a block has its threads' registers of the launch, and no more
-static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <= THREADS * 128,
-              "setmaxnreg would wait for ever");
 constexpr int SHARED_BYTES = STATE_AT + sizeof(State);
 static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than a block can have");
 
@@ -94,8 +94,7 @@ template <bool WIDE>
 __device__ __forceinline__ float4 load_four(const float* image, int row, int column, bool inside,
                                             int width) {
   if (WIDE) {
-    if (!inside || (unsigned)column >= (unsigned)width) return make_float4(0, 0, 0, 0);
-    return __ldg(reinterpret_cast<const float4*>(image + row + column));
+    return load_four_if(inside && (unsigned)column < (unsigned)width, image + row + column);
   }
   const auto at = [&](int i) {
     return inside && (unsigned)(column + i) < (unsigned)width ? __ldg(image + row + column + i) : 0.0f;
@@ -160,56 +159,55 @@ struct Halves {
 
 struct Fetch {
   float4 value[8], halo;
+  unsigned largest[9];  // of this thread's values of each channel, and of the halo
 
+  // Converts what was fetched and fetches the next row: each register anew as soon as it is free.
   template <bool WIDE>
-  __device__ __forceinline__ void load(const float* __restrict__ x, const Conv& c,
-                                       const Plan& plan, const Cursor& cursor) {
+  __device__ __forceinline__ Halves convert_and_load(float factor, const float* __restrict__ x,
+                                                     const Conv& c, const Plan& plan,
+                                                     const Cursor& next, bool more) {
     const Place to;
     const int plane = c.H * c.W;  // an image has less than 2^31 values
-    const Item at = item_at(opaque(cursor.item), plan, c);
+    const Item at = item_at(opaque(next.item), plan, c);
     const float* const image = x + at.n * ((long long)c.C * plane);
-    const int ih = at.oh0 - c.pad_h + cursor.row, iw = (at.ow0 - c.pad_w) & ~3;
-    const bool inside = (unsigned)ih < (unsigned)c.H;
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int channel = to.chunk * 8 + i;
-      value[i] = load_four<WIDE>(image, channel * plane + ih * c.W, iw + to.pixel,
-                                 inside && channel < c.C, c.W);
-    }
-    halo = load_four<WIDE>(image, to.halo_channel * plane + ih * c.W, iw + to.halo_pixel,
-                           inside && to.halo_channel < c.C, c.W);
-  }
-
-  __device__ __forceinline__ Halves convert(float factor) const {
+    const int ih = at.oh0 - c.pad_h + next.row, iw = (at.ow0 - c.pad_w) & ~3;
+    const bool inside = more && (unsigned)ih < (unsigned)c.H;
     Halves h;
     #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 4; ++j) {  // pairs of channels
       #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int i = 0; i < 4; ++i) {
         h.value[i][j] = __floats2half2_rn(factor * (&value[2 * j].x)[i],
                                           factor * (&value[2 * j + 1].x)[i]);
+      }
+      #pragma unroll
+      for (int i = 2 * j; i < 2 * j + 2; ++i) {
+        largest[i] = largest_of(value[i]);
+        const int channel = to.chunk * 8 + i;
+        value[i] = load_four<WIDE>(image, channel * plane + ih * c.W, iw + to.pixel,
+                                   inside && channel < c.C, c.W);
       }
     }
     h.halo[0] = __floats2half2_rn(factor * halo.x, factor * halo.y);
     h.halo[1] = __floats2half2_rn(factor * halo.z, factor * halo.w);
+    largest[8] = largest_of(halo);
+    halo = load_four<WIDE>(image, to.halo_channel * plane + ih * c.W, iw + to.halo_pixel,
+                           inside && to.halo_channel < c.C, c.W);
     return h;
   }
 
-  // Whether fp16 holds them. Runs: 32 pixels of a channel, of 8 lanes; 16 of the halo, of 4.
+  // Whether fp16 holds what was converted. Runs: 32 pixels of a channel, of 8 lanes; 16 of the
+  // halo, of 4.
   __device__ __forceinline__ bool good(const HalfRange& range) const {
     bool all = true;
     #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      unsigned largest = largest_of(value[i]);
-      largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-      largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 8));
-      largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 16));
-      all = all && range.holds(largest);
+    for (int i = 0; i < 9; ++i) {
+      unsigned run = max(largest[i], __shfl_xor_sync(0xffffffffu, largest[i], 1));
+      run = max(run, __shfl_xor_sync(0xffffffffu, run, i < 8 ? 8 : 2));
+      if (i < 8) run = max(run, __shfl_xor_sync(0xffffffffu, run, 16));
+      all = all && range.holds(run);
     }
-    unsigned largest = largest_of(halo);
-    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-    return all && range.holds(largest);
+    return all;
   }
 };
 
@@ -221,19 +219,18 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
   const HalfRange range(scale);
   if (first_item >= plan.items) return;
   Cursor cursor = {first_item, 0};
-  Fetch fetch;
-  fetch.load<WIDE>(x, c, plan, cursor);
+  Fetch fetch = {};
+  fetch.convert_and_load<WIDE>(factor, x, c, plan, cursor, true);
   int slot = 0, parity = 1, under_way = 0;  // the ring's first round waits for nothing
   bool more = true;
   #pragma unroll 1
   while (more) {
     // A row waits for its place converted, in half the registers, while the next one is fetched.
     const int row = cursor.row;
-    const bool good = fetch.good(range);
-    const Halves halves = fetch.convert(factor);
     cursor.next(plan, c, item_step);
     more = cursor.item < plan.items;
-    if (more) fetch.load<WIDE>(x, c, plan, cursor);
+    const Halves halves = fetch.convert_and_load<WIDE>(factor, x, c, plan, cursor, more);
+    const bool good = fetch.good(range);
     mbarrier_wait(shared_address(&state->empty[slot]), parity);
     halves.put(shared + RING_AT + slot * RING_ROW);
     if (!good) {
@@ -284,7 +281,7 @@ __device__ __forceinline__ void convert_weights(const float* __restrict__ w,
     if (!good) state->weights_bad = 1;
     if (chunk == 0) {
       const int exponent = -(input_scale + scale);
-      state->factor[k] = power_of_two(min(126, max(-126, exponent)));
+      state->exponent[k] = (signed char)min(126, max(-126, exponent));
       if (exponent < -126 || exponent > 126) state->weights_bad = 1;
       state->bias[k] = bias && k0 + k < c.K ? __ldg(bias + k0 + k) : 0.0f;
     }
@@ -302,9 +299,8 @@ __device__ __forceinline__ void convert_weights(const float* __restrict__ w,
   }
 }
 
-// Sums of 128 filters by 136 columns: over the threads of a warpgroup in two halves, each as
-// wgmma_m64n136k16_f16 has it.
-using Sums = float[2][PRODUCT_W / 2];
+// Sums of 64 filters by 136 columns, over a warpgroup's threads as wgmma_m64n136k16_f16 has them.
+using Sums = float[PRODUCT_W / 2];
 
 // One output row: all taps. `pixels`: where the first tap's window starts within a ring row; a tap
 // further right starts a pixel later.
@@ -318,10 +314,9 @@ __device__ __forceinline__ void multiply(Sums& sum, unsigned weights, unsigned r
     for (int s = 0; s < S; ++s) {
       #pragma unroll
       for (int part = 0; part < CHANNELS / 16; ++part) {  // 16 channels are 32 bytes
-        const unsigned filters = weights + (r * S + s) * WEIGHT_TAP + part * 32;
-        const unsigned long long window = swizzled_rows(row + s * PIXEL + part * 32);
-        wgmma_m64n136k16_f16(sum[0], swizzled_rows(filters), window, r + s + part);
-        wgmma_m64n136k16_f16(sum[1], swizzled_rows(filters + 64 * PIXEL), window, r + s + part);
+        wgmma_m64n136k16_f16(sum,
+                             swizzled_rows(weights + (r * S + s) * WEIGHT_TAP + part * 32),
+                             swizzled_rows(row + s * PIXEL + part * 32), r + s + part);
       }
     }
   }
@@ -337,55 +332,41 @@ struct Out {
   bool leftmost;  // no strip on the left
 };
 
-// Writes one output row. Four lanes hold 8 neighbouring columns of a filter, 32 bytes, but a whole
-// sector starts `skip` columns further right. So the four pass their sums round: each sector comes
-// from two neighbouring eights. EVEN: rows start on 8 bytes, pairs of columns stay together.
-template <bool EVEN>
-__device__ __forceinline__ void store(const Sums& sum, const Out& out, const float* factors,
-                                      const float* biases) {
-  const int lane = threadIdx.x % 32, quarter = threadIdx.x / 32 % 4, column = lane % 4 * 2;
+// Writes one output row, VEC columns a thread: as many as every row's start allows. Through shared
+// memory, 8 filters by 32 columns at a time, so that a warp writes 128 neighbouring bytes, whole
+// sectors. The sums' own order would be 32 bytes here and there, astride of sectors.
+template <int VEC>
+__device__ __forceinline__ void store(const Sums& sum, float* stage, const Out& out,
+                                      const State* state) {
+  constexpr int LANES = 32 / VEC;  // that share 32 columns of a filter
   #pragma unroll
-  for (int eight = 0; eight < 4; ++eight) {
-    const int k = eight / 2 * 64 + quarter * 16 + eight % 2 * 8 + lane / 4;
-    const float factor = factors[k], bias = biases[k];
+  for (int eight = 0; eight < 2; ++eight) {
+    const int lane = threadIdx.x % 32, k0 = threadIdx.x / 32 * 16 + eight * 8, k = k0 + lane / 4;
+    const float factor = power_of_two(state->exponent[k]), bias = state->bias[k];
     const auto finished = [&](int j, int i) {
-      return fmaf(sum[eight / 2][4 * j + eight % 2 * 2 + i], factor, bias);
+      return fmaf(sum[4 * j + eight * 2 + i], factor, bias);
     };
-    float* const row = out.first + k * out.plane + column;
-    const int columns = k < out.filters ? out.columns - column : 0;  // from this thread's on
-    const int skip = SHIFT ? columns_to_sector(row - column) : 0;
-    const int odd = EVEN ? 0 : skip % 2;
-    // of column `column + i` right of the skipped ones: whose it is
-    const int from0 = (lane & ~3) | (column + skip) / 2 % 4;
-    const int from1 = EVEN ? from0 : (lane & ~3) | (column + 1 + skip) / 2 % 4;
-    const bool here0 = column + odd >= skip;  // or in the next eight
-    const bool here1 = EVEN ? here0 : column + 1 - odd >= skip;
-    float next0 = finished(0, 0), next1 = finished(0, 1);
-    if (SHIFT && out.leftmost) {  // nobody else writes the columns before the first whole sector
-      if (column < min(skip, columns + column)) row[0] = next0;
-      if (column + 1 < min(skip, columns + column)) row[1] = next1;
-    }
+    float* const mine = stage + lane / 4 * STAGE_PITCH + lane % 4 * 2;
     #pragma unroll
-    for (int j = 0; j < TILE_W / 8; ++j) {
-      const float this0 = next0, this1 = next1;
-      next0 = finished(j + 1, 0), next1 = finished(j + 1, 1);
-      float v0 = this0, v1 = this1;
-      if (SHIFT) {
-        // what this thread sends: its own pair, or its pair of the next eight
-        const float send0 = EVEN ? (here0 ? this0 : next0)
-                                 : odd ? (here0 ? this1 : next1) : (here0 ? this0 : next0);
-        const float send1 = EVEN ? (here1 ? this1 : next1)
-                                 : odd ? (here1 ? this0 : next0) : (here1 ? this1 : next1);
-        v0 = __shfl_sync(0xffffffffu, send0, from0);
-        v1 = __shfl_sync(0xffffffffu, send1, from1);
+    for (int piece = 0; piece < TILE_W; piece += 32) {
+      #pragma unroll
+      for (int j = 0; j < STAGE_PITCH / 8; ++j) {
+        *reinterpret_cast<float2*>(mine + 8 * j) =
+            make_float2(finished(piece / 8 + j, 0), finished(piece / 8 + j, 1));
       }
-      float* const to = row + 8 * j + skip;
-      if (EVEN) {
-        if (8 * j + skip < columns) *reinterpret_cast<float2*>(to) = make_float2(v0, v1);
-      } else {
-        if (8 * j + skip < columns) to[0] = v0;
-        if (8 * j + skip + 1 < columns) to[1] = v1;
+      __syncwarp();
+      const int plane = opaque(out.plane);  // addresses anew for each piece
+      #pragma unroll
+      for (int i = 0; i < 8 / VEC; ++i) {
+        const int line = i * VEC + lane / LANES, at = lane % LANES * VEC;
+        float* const row = out.first + (k0 + line) * plane;
+        const int skip = SHIFT ? columns_to_sector(row) : 0, column = piece + skip + at;
+        const int columns = k0 + line < out.filters ? out.columns : 0;
+        const float* const from = stage + line * STAGE_PITCH + at;
+        store_if<VEC>(column < columns, row + column, from + skip);
+        if (piece == 0 && out.leftmost) store_if<VEC>(at < min(skip, columns), row + at, from);
       }
+      __syncwarp();
     }
   }
 }
@@ -434,7 +415,7 @@ __device__ __forceinline__ void compute_in_fp32(const float* __restrict__ x,
   }
 }
 
-template <bool EVEN>
+template <int VEC>
 __device__ __forceinline__ void consume(const float* __restrict__ x, const float* __restrict__ w,
                                         const float* __restrict__ bias, float* __restrict__ y,
                                         const Conv& c, const Plan& plan, int k0, int first_item,
@@ -444,38 +425,40 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
   fence_for_wgmma();
   named_barrier<CONSUMERS>(1);
 
-  const unsigned weights = shared_address(shared), ring = weights + RING_AT;
-  int q0 = 0, under_way = 0;  // q0: rows that went through the ring before this item
+  float* const stage =
+      reinterpret_cast<float*>(shared + STAGE_AT) + threadIdx.x / 32 * STAGE;
+  const unsigned weights = shared_address(shared) + threadIdx.x / WARPGROUP * 64 * PIXEL;
+  const unsigned ring = shared_address(shared) + RING_AT;
+  const auto wait_for_row = [&](int q) {
+    mbarrier_wait(shared_address(&state->full[q % RING]), q / RING & 1);
+  };
+  const auto release_row = [&](int q) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state->empty[q % RING]));
+  };
+  int q = 0, under_way = 0;  // q: rows of the ring that are done with
   for (int item = first_item; item < plan.items; item += item_step) {
     const auto row_of = [&](int i) {
       const Item at = item_at(opaque(item), plan, c);
       return Out{y + (((long long)at.n * c.K + k0) * c.OH + at.oh0 + i) * c.OW + at.ow0,
                  c.OH * c.OW, c.K - k0, c.OW - at.ow0, at.ow0 == 0};
     };
-    // the warpgroups take rows in turn: while one stores, the other multiplies
     const int rows = item_at(item, plan, c).rows;
+    wait_for_row(q);
+    wait_for_row(q + 1);
     #pragma unroll 1
-    for (int i = threadIdx.x / WARPGROUP; i < rows; i += 2) {
-      const int q = q0 + i;
-      for (int r = 0; r < R; ++r) {
-        mbarrier_wait(shared_address(&state->full[(q + r) % RING]), (q + r) / RING & 1);
-      }
+    for (int i = 0; i < rows; ++i, ++q) {
+      wait_for_row(q + 2);
       Sums sum;
       multiply(sum, opaque(weights), ring, q, (unsigned)-c.pad_w & 3);  // strips start on 16 bytes
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) {
-        // each ring row waits for R products; rows at an item's edges have fewer
-        for (int r = 0; r < R; ++r) {
-          const int arrivals = 1 + (i == 0 ? R - 1 - r : 0) + (i == rows - 1 ? r : 0);
-          mbarrier_arrive(shared_address(&state->empty[(q + r) % RING]), arrivals);
-        }
-      }
-      store<EVEN>(sum, row_of(i), state->factor, state->bias);
+      release_row(q);
+      store<VEC>(sum, stage, row_of(i), state);
     }
-    const Item at = item_at(opaque(item), plan, c);
-    q0 += at.rows + R - 1;
+    release_row(q++);
+    release_row(q++);
 
     // rows that fp16 cannot hold, if any
+    const Item at = item_at(opaque(item), plan, c);
     named_barrier<CONSUMERS>(1);  // all rows were seen, all sums stored
     BadRows bad = state->bad[under_way];
     if (state->weights_bad) bad = {0, at.rows + R - 2};
@@ -492,7 +475,7 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
   }
 }
 
-template <bool WIDE, bool EVEN>
+template <bool WIDE, int VEC>
 __global__ void __launch_bounds__(THREADS, 1)
     conv2d_hopper_ring(const float* __restrict__ x, const float* __restrict__ w,
                        const float* __restrict__ bias, float* __restrict__ y, const Conv c,
@@ -503,7 +486,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (shared_address(shared) % 1024) __trap();
     for (int i = 0; i < RING; ++i) {
       mbarrier_init(shared_address(&state->full[i]), PRODUCERS / 32);
-      mbarrier_init(shared_address(&state->empty[i]), R * WARPGROUP / 32);
+      mbarrier_init(shared_address(&state->empty[i]), CONSUMERS / 32);
     }
     for (int i = 0; i < ITEMS_UNDER_WAY; ++i) state->bad[i] = {INT_MAX, -1};
     state->weights_bad = 0;
@@ -515,10 +498,8 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int k0 = blockIdx.x % blocks_k * BLOCK_K;
   const int first_item = blockIdx.x / blocks_k, item_step = gridDim.x / blocks_k;
   if (threadIdx.x < CONSUMERS) {
-    more_registers<CONSUMER_REGISTERS>();
-    consume<EVEN>(x, w, bias, y, c, plan, k0, first_item, item_step, shared, state, scale);
+    consume<VEC>(x, w, bias, y, c, plan, k0, first_item, item_step, shared, state, scale);
   } else {
-    fewer_registers<PRODUCER_REGISTERS>();
     produce<WIDE>(x, c, plan, first_item, item_step, shared, state, scale);
   }
 }
@@ -542,7 +523,7 @@ static Plan plan_for(const Conv& c, int blocks) {
   return best;
 }
 
-template <bool WIDE, bool EVEN>
+template <bool WIDE, int VEC>
 static int launch(const float* x, const float* w, const float* bias, float* y, const Conv& c,
                   cudaStream_t stream) {
   int device, multiprocessors;
@@ -551,7 +532,7 @@ static int launch(const float* x, const float* w, const float* bias, float* y, c
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(conv2d_hopper_ring<WIDE, EVEN>,
+    error = cudaFuncSetAttribute(conv2d_hopper_ring<WIDE, VEC>,
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
   }
   if (error != cudaSuccess) return (int)error;
@@ -559,7 +540,7 @@ static int launch(const float* x, const float* w, const float* bias, float* y, c
   const int at_once = max(1, multiprocessors / blocks_k);  // a block has the SM for itself
   const Plan plan = plan_for(c, at_once);
   const int blocks = blocks_k * min(plan.items, at_once);
-  conv2d_hopper_ring<WIDE, EVEN>
+  conv2d_hopper_ring<WIDE, VEC>
       <<<blocks, THREADS, SHARED_BYTES, stream>>>(x, w, bias, y, c, plan, blocks_k);
   return (int)cudaGetLastError();
 }
@@ -567,8 +548,9 @@ static int launch(const float* x, const float* w, const float* bias, float* y, c
 extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
                                const Conv* c, void* stream) {
   const bool wide = c->W % 4 == 0 && (unsigned long long)x % 16 == 0;
-  const auto run = c->OW % 2 == 0 ? (wide ? launch<true, true> : launch<false, true>)
-                                  : (wide ? launch<true, false> : launch<false, false>);
+  const auto run = c->OW % 4 == 0   ? (wide ? launch<true, 4> : launch<false, 4>)
+                   : c->OW % 2 == 0 ? (wide ? launch<true, 2> : launch<false, 2>)
+                                    : (wide ? launch<true, 1> : launch<false, 1>);
   return run(x, w, bias, y, *c, (cudaStream_t)stream);
 }
 """
