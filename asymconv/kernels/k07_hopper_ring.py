@@ -38,9 +38,7 @@ constexpr int THREADS = CONSUMERS + PRODUCERS;
 // start of a strip within 16 bytes.
 constexpr int PIXEL = CHANNELS * 2, RING_W = 144, RING_ROW = RING_W * PIXEL;
 constexpr int WEIGHT_TAP = BLOCK_K * PIXEL, WEIGHTS = TAPS * WEIGHT_TAP;
-constexpr int STAGE_PITCH = 40, STAGE = 8 * STAGE_PITCH;  // floats; a warp's 8 filters, 32 columns
-constexpr int RING_AT = WEIGHTS, STAGE_AT = RING_AT + RING * RING_ROW;
-constexpr int STATE_AT = STAGE_AT + CONSUMERS / 32 * STAGE * 4;
+constexpr int RING_AT = WEIGHTS, STATE_AT = RING_AT + RING * RING_ROW;
 static_assert(RING_ROW % 1024 == 0, "a ring row starts a group of 8 swizzled rows");
 static_assert(RING_W >= 3 + PRODUCT_W + S - 1, "a tap's window lies in the ring row");
 static_assert(RING >= R + 1, "a row is filled while three are read");
@@ -54,6 +52,7 @@ struct State {
   unsigned long long full[RING], empty[RING];
   BadRows bad[ITEMS_UNDER_WAY];
   int weights_bad;
+  float turn[CONSUMERS / 32][CHANNELS / 2 * TAPS];
   float bias[BLOCK_K];
   signed char exponent[BLOCK_K];  // of the power of two that makes sums outputs
 };
@@ -103,7 +102,7 @@ __device__ __forceinline__ float4 load_four(const float* image, int row, int col
 }
 
 __device__ __forceinline__ unsigned largest_of(float4 v) {
-  return max(max(magnitude(v.x), magnitude(v.y)), max(magnitude(v.z), magnitude(v.w)));
+  return __float_as_uint(larger_magnitude(larger_magnitude(v.x, v.y), larger_magnitude(v.z, v.w)));
 }
 
 // Goes through the rows of this block's items. Where an item lies is worked out again for each row:
@@ -197,9 +196,13 @@ struct Fetch {
   }
 
   // Whether fp16 holds what was converted. Runs: 32 pixels of a channel, of 8 lanes; 16 of the
-  // halo, of 4.
+  // halo, of 4. If each lane's own part is good, so is the run.
   __device__ __forceinline__ bool good(const HalfRange& range) const {
     bool all = true;
+    #pragma unroll
+    for (int i = 0; i < 9; ++i) all = all && range.holds(largest[i]);
+    if (__all_sync(0xffffffffu, all)) return true;
+    all = true;
     #pragma unroll
     for (int i = 0; i < 9; ++i) {
       unsigned run = max(largest[i], __shfl_xor_sync(0xffffffffu, largest[i], 1));
@@ -248,61 +251,70 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
 // ---- consumers
 
 // The block's weights, fp16, as 9 matrices of 128 filters by 64 channels, swizzled like pixels.
-// Each filter has its own power of two.
+// Each filter has its own power of two. A warp takes filter after filter: reads it in the order of
+// memory, (channel, tap), and turns half of it at a time in shared memory.
 __device__ __forceinline__ void convert_weights(const float* __restrict__ w,
                                                 const float* __restrict__ bias, const Conv& c,
                                                 int k0, unsigned char* shared, State* state,
                                                 int input_scale) {
-  #pragma unroll 1
-  for (int i = threadIdx.x; i < BLOCK_K * (CHANNELS / 8); i += CONSUMERS) {
-    const int k = i / 8, chunk = i % 8;  // 8 lanes share a filter
-    const float* const filter = w + ((long long)(k0 + k) * c.C + chunk * 8) * TAPS;
-    const int channels = k0 + k < c.K ? c.C - chunk * 8 : 0;  // from this chunk's on
-    unsigned channel_largest[8], largest = 0;
+  constexpr int HALF = CHANNELS / 2 * TAPS, LOADS = 2 * HALF / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float* const turn = state->turn[warp];
+  float value[LOADS];
+  const auto load = [&](int k) {
+    const float* const filter = w + (long long)(k0 + k) * c.C * TAPS;
     #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      channel_largest[j] = 0;
-      #pragma unroll
-      for (int tap = 0; tap < TAPS; ++tap) {
-        const float v = j < channels ? __ldg(filter + j * TAPS + tap) : 0.0f;
-        channel_largest[j] = max(channel_largest[j], magnitude(v));
-      }
-      largest = max(largest, channel_largest[j]);
+    for (int i = 0; i < LOADS; ++i) {
+      const int at = lane + 32 * i;
+      value[i] = k < BLOCK_K && k0 + k < c.K && at < c.C * TAPS ? __ldg(filter + at) : 0.0f;
     }
-    for (int lanes = 1; lanes < 8; lanes *= 2) {
+  };
+  load(warp);
+  #pragma unroll 1
+  for (int k = warp; k < BLOCK_K; k += CONSUMERS / 32) {
+    unsigned largest = 0;
+    #pragma unroll
+    for (int i = 0; i < LOADS; ++i) largest = max(largest, magnitude(value[i]));
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
       largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
     }
-    const int scale = scale_for(largest, WEIGHT_TOP);
+    const int scale = scale_for(largest, WEIGHT_TOP), exponent = -(input_scale + scale);
     const HalfRange range(scale);
     const float factor = power_of_two(scale);
-    bool good = true;
-    #pragma unroll
-    for (int j = 0; j < 8; ++j) good = good && range.holds(channel_largest[j]);
-    if (!good) state->weights_bad = 1;
-    if (chunk == 0) {
-      const int exponent = -(input_scale + scale);
+    bool good = exponent >= -126 && exponent <= 126;
+    if (lane == 0) {
       state->exponent[k] = (signed char)min(126, max(-126, exponent));
-      if (exponent < -126 || exponent > 126) state->weights_bad = 1;
       state->bias[k] = bias && k0 + k < c.K ? __ldg(bias + k0 + k) : 0.0f;
     }
-    #pragma unroll 1
-    for (int tap = 0; tap < TAPS; ++tap) {
-      const auto value = [&](int j) {
-        return j < channels ? factor * __ldg(filter + j * TAPS + tap) : 0.0f;
-      };
-      __half2 packed[4];
+    float held[LOADS];
+    #pragma unroll
+    for (int i = 0; i < LOADS; ++i) held[i] = value[i];
+    load(k + CONSUMERS / 32);
+    #pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      __syncwarp();
       #pragma unroll
-      for (int j = 0; j < 4; ++j) packed[j] = __floats2half2_rn(value(2 * j), value(2 * j + 1));
-      *reinterpret_cast<uint4*>(shared + tap * WEIGHT_TAP + k * PIXEL + ((chunk ^ k % 8) << 4)) =
-          *reinterpret_cast<const uint4*>(packed);
+      for (int i = 0; i < LOADS / 2; ++i) turn[lane + 32 * i] = held[half * LOADS / 2 + i];
+      __syncwarp();
+      const int channel = half * 32 + lane;
+      unsigned run = 0;
+      #pragma unroll
+      for (int tap = 0; tap < TAPS; ++tap) {
+        const float v = turn[lane * TAPS + tap];
+        run = max(run, magnitude(v));
+        const int at = tap * WEIGHT_TAP + k * PIXEL + ((channel / 8 ^ k % 8) << 4) + channel % 8 * 2;
+        *reinterpret_cast<__half*>(shared + at) = __float2half_rn(factor * v);
+      }
+      good = good && range.holds(run);
     }
+    if (!good) state->weights_bad = 1;
   }
 }
 
 // Sums of 64 filters by 136 columns, over a warpgroup's threads as wgmma_m64n136k16_f16 has them.
 using Sums = float[PRODUCT_W / 2];
 
-// One output row: all taps. `pixels`: where the first tap's window starts within a ring row; a tap
+// One output row, all taps. `pixels`: where the first tap's window starts within a ring row; a tap
 // further right starts a pixel later.
 __device__ __forceinline__ void multiply(Sums& sum, unsigned weights, unsigned ring, int q,
                                          int pixels) {
@@ -314,8 +326,7 @@ __device__ __forceinline__ void multiply(Sums& sum, unsigned weights, unsigned r
     for (int s = 0; s < S; ++s) {
       #pragma unroll
       for (int part = 0; part < CHANNELS / 16; ++part) {  // 16 channels are 32 bytes
-        wgmma_m64n136k16_f16(sum,
-                             swizzled_rows(weights + (r * S + s) * WEIGHT_TAP + part * 32),
+        wgmma_m64n136k16_f16(sum, swizzled_rows(weights + (r * S + s) * WEIGHT_TAP + part * 32),
                              swizzled_rows(row + s * PIXEL + part * 32), r + s + part);
       }
     }
@@ -332,41 +343,50 @@ struct Out {
   bool leftmost;  // no strip on the left
 };
 
-// Writes one output row, VEC columns a thread: as many as every row's start allows. Through shared
-// memory, 8 filters by 32 columns at a time, so that a warp writes 128 neighbouring bytes, whole
-// sectors. The sums' own order would be 32 bytes here and there, astride of sectors.
-template <int VEC>
-__device__ __forceinline__ void store(const Sums& sum, float* stage, const Out& out,
-                                      const State* state) {
-  constexpr int LANES = 32 / VEC;  // that share 32 columns of a filter
+// Writes one output row of a warp's 16 filters. Four lanes hold 8 neighbouring columns of a
+// filter, 32 bytes; but a whole sector starts `skip` columns further right. So the four pass their
+// sums round: a sector comes from two neighbouring eights. EVEN: rows start on 8 bytes, so pairs of
+// columns stay together.
+template <bool EVEN>
+__device__ __forceinline__ void store(const Sums& sum, const Out& out, const State* state) {
+  const int lane = threadIdx.x % 32, column = lane % 4 * 2;
   #pragma unroll
   for (int eight = 0; eight < 2; ++eight) {
-    const int lane = threadIdx.x % 32, k0 = threadIdx.x / 32 * 16 + eight * 8, k = k0 + lane / 4;
+    const int k = threadIdx.x / 32 * 16 + eight * 8 + lane / 4;
     const float factor = power_of_two(state->exponent[k]), bias = state->bias[k];
     const auto finished = [&](int j, int i) {
       return fmaf(sum[4 * j + eight * 2 + i], factor, bias);
     };
-    float* const mine = stage + lane / 4 * STAGE_PITCH + lane % 4 * 2;
+    float* const row = out.first + k * out.plane + column;
+    const int skip = SHIFT ? columns_to_sector(row - column) : 0;
+    const int columns = k < out.filters ? out.columns - column : 0;  // from this thread's on
+    // of the columns `column + skip` and one right of it: which lane has them, of which eight
+    const int from0 = (lane & ~3) | (column + skip) / 2 % 4;
+    const int from1 = EVEN ? from0 : (lane & ~3) | (column + skip + 1) / 2 % 4;
+    const int odd = EVEN ? 0 : skip % 2;
+    const bool here0 = column + odd >= skip, here1 = EVEN ? here0 : column + 1 - odd >= skip;
+    float next0 = finished(0, 0), next1 = finished(0, 1);
+    if (SHIFT) {  // leftmost: nobody else writes what comes before the sectors
+      const int before = out.leftmost ? min(skip - column, columns) : 0;
+      if (before > 0) row[0] = next0;
+      if (before > 1) row[1] = next1;
+    }
     #pragma unroll
-    for (int piece = 0; piece < TILE_W; piece += 32) {
-      #pragma unroll
-      for (int j = 0; j < STAGE_PITCH / 8; ++j) {
-        *reinterpret_cast<float2*>(mine + 8 * j) =
-            make_float2(finished(piece / 8 + j, 0), finished(piece / 8 + j, 1));
+    for (int j = 0; j < TILE_W / 8; ++j) {
+      float v0 = next0, v1 = next1;
+      const float this0 = odd ? next1 : next0, this1 = odd ? next0 : next1;
+      next0 = finished(j + 1, 0), next1 = finished(j + 1, 1);
+      if (SHIFT) {
+        v0 = __shfl_sync(0xffffffffu, here0 ? this0 : odd ? next1 : next0, from0);
+        v1 = __shfl_sync(0xffffffffu, here1 ? this1 : odd ? next0 : next1, from1);
       }
-      __syncwarp();
-      const int plane = opaque(out.plane);  // addresses anew for each piece
-      #pragma unroll
-      for (int i = 0; i < 8 / VEC; ++i) {
-        const int line = i * VEC + lane / LANES, at = lane % LANES * VEC;
-        float* const row = out.first + (k0 + line) * plane;
-        const int skip = SHIFT ? columns_to_sector(row) : 0, column = piece + skip + at;
-        const int columns = k0 + line < out.filters ? out.columns : 0;
-        const float* const from = stage + line * STAGE_PITCH + at;
-        store_if<VEC>(column < columns, row + column, from + skip);
-        if (piece == 0 && out.leftmost) store_if<VEC>(at < min(skip, columns), row + at, from);
+      float* const to = row + skip + 8 * j;
+      if (EVEN) {
+        if (skip + 8 * j < columns) *reinterpret_cast<float2*>(to) = make_float2(v0, v1);
+      } else {
+        if (skip + 8 * j < columns) to[0] = v0;
+        if (skip + 8 * j + 1 < columns) to[1] = v1;
       }
-      __syncwarp();
     }
   }
 }
@@ -415,7 +435,7 @@ __device__ __forceinline__ void compute_in_fp32(const float* __restrict__ x,
   }
 }
 
-template <int VEC>
+template <bool EVEN>
 __device__ __forceinline__ void consume(const float* __restrict__ x, const float* __restrict__ w,
                                         const float* __restrict__ bias, float* __restrict__ y,
                                         const Conv& c, const Plan& plan, int k0, int first_item,
@@ -425,8 +445,6 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
   fence_for_wgmma();
   named_barrier<CONSUMERS>(1);
 
-  float* const stage =
-      reinterpret_cast<float*>(shared + STAGE_AT) + threadIdx.x / 32 * STAGE;
   const unsigned weights = shared_address(shared) + threadIdx.x / WARPGROUP * 64 * PIXEL;
   const unsigned ring = shared_address(shared) + RING_AT;
   const auto wait_for_row = [&](int q) {
@@ -444,15 +462,16 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
                  c.OH * c.OW, c.K - k0, c.OW - at.ow0, at.ow0 == 0};
     };
     const int rows = item_at(item, plan, c).rows;
+    const int pixels = (unsigned)-c.pad_w & 3;  // strips start on 16 bytes
     wait_for_row(q);
     wait_for_row(q + 1);
     #pragma unroll 1
     for (int i = 0; i < rows; ++i, ++q) {
       wait_for_row(q + 2);
       Sums sum;
-      multiply(sum, opaque(weights), ring, q, (unsigned)-c.pad_w & 3);  // strips start on 16 bytes
+      multiply(sum, opaque(weights), ring, q, pixels);
       release_row(q);
-      store<VEC>(sum, stage, row_of(i), state);
+      store<EVEN>(sum, row_of(i), state);
     }
     release_row(q++);
     release_row(q++);
@@ -475,7 +494,7 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
   }
 }
 
-template <bool WIDE, int VEC>
+template <bool WIDE, bool EVEN>
 __global__ void __launch_bounds__(THREADS, 1)
     conv2d_hopper_ring(const float* __restrict__ x, const float* __restrict__ w,
                        const float* __restrict__ bias, float* __restrict__ y, const Conv c,
@@ -498,7 +517,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int k0 = blockIdx.x % blocks_k * BLOCK_K;
   const int first_item = blockIdx.x / blocks_k, item_step = gridDim.x / blocks_k;
   if (threadIdx.x < CONSUMERS) {
-    consume<VEC>(x, w, bias, y, c, plan, k0, first_item, item_step, shared, state, scale);
+    consume<EVEN>(x, w, bias, y, c, plan, k0, first_item, item_step, shared, state, scale);
   } else {
     produce<WIDE>(x, c, plan, first_item, item_step, shared, state, scale);
   }
@@ -523,7 +542,7 @@ static Plan plan_for(const Conv& c, int blocks) {
   return best;
 }
 
-template <bool WIDE, int VEC>
+template <bool WIDE, bool EVEN>
 static int launch(const float* x, const float* w, const float* bias, float* y, const Conv& c,
                   cudaStream_t stream) {
   int device, multiprocessors;
@@ -532,7 +551,7 @@ static int launch(const float* x, const float* w, const float* bias, float* y, c
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(conv2d_hopper_ring<WIDE, VEC>,
+    error = cudaFuncSetAttribute(conv2d_hopper_ring<WIDE, EVEN>,
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
   }
   if (error != cudaSuccess) return (int)error;
@@ -540,7 +559,7 @@ static int launch(const float* x, const float* w, const float* bias, float* y, c
   const int at_once = max(1, multiprocessors / blocks_k);  // a block has the SM for itself
   const Plan plan = plan_for(c, at_once);
   const int blocks = blocks_k * min(plan.items, at_once);
-  conv2d_hopper_ring<WIDE, VEC>
+  conv2d_hopper_ring<WIDE, EVEN>
       <<<blocks, THREADS, SHARED_BYTES, stream>>>(x, w, bias, y, c, plan, blocks_k);
   return (int)cudaGetLastError();
 }
@@ -548,9 +567,8 @@ static int launch(const float* x, const float* w, const float* bias, float* y, c
 extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
                                const Conv* c, void* stream) {
   const bool wide = c->W % 4 == 0 && (unsigned long long)x % 16 == 0;
-  const auto run = c->OW % 4 == 0   ? (wide ? launch<true, 4> : launch<false, 4>)
-                   : c->OW % 2 == 0 ? (wide ? launch<true, 2> : launch<false, 2>)
-                                    : (wide ? launch<true, 1> : launch<false, 1>);
+  const auto run = c->OW % 2 == 0 ? (wide ? launch<true, true> : launch<false, true>)
+                                  : (wide ? launch<true, false> : launch<false, false>);
   return run(x, w, bias, y, *c, (cudaStream_t)stream);
 }
 """

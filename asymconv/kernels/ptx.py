@@ -98,38 +98,11 @@ __device__ __forceinline__ float4 load_four_if(bool predicate, const float* from
   return v;
 }
 
-// PTX ISA 9.7.9.11, st.global with a predicate: 1, 2 or 4 floats, whose addresses are multiples of
-// as many; no branch.
-template <int count>
-__device__ __forceinline__ void store_if(bool predicate, float* to, const float* from) {
-  static_assert(count == 1 || count == 2 || count == 4, "vectors of PTX");
-  if (count == 1) {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.f32 [%0], %1; }\n" ::"l"(to),
-                 "f"(from[0]), "r"((int)predicate)
-                 : "memory");
-  } else if (count == 2) {
-    const float2 v = *reinterpret_cast<const float2*>(from);
-    asm volatile(
-        "{ .reg .pred p; setp.ne.s32 p, %3, 0; @p st.global.v2.f32 [%0], {%1, %2}; }\n" ::"l"(to),
-        "f"(v.x), "f"(v.y), "r"((int)predicate)
-        : "memory");
-  } else {
-    const float4 v = *reinterpret_cast<const float4*>(from);
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %5, 0;\n"
-                 "  @p st.global.v4.f32 [%0], {%1, %2, %3, %4}; }\n" ::"l"(to),
-                 "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"((int)predicate)
-                 : "memory");
-  }
-}
-
-// PTX ISA 9.7.20.5, setmaxnreg: a warpgroup gives registers back, or takes them.
-template <int registers>
-__device__ __forceinline__ void fewer_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(registers));
-}
-template <int registers>
-__device__ __forceinline__ void more_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(registers));
+// PTX ISA 9.7.3.12, max.NaN: the larger magnitude; NaN if one is NaN.
+__device__ __forceinline__ float larger_magnitude(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(larger) : "f"(fabsf(a)), "f"(fabsf(b)));
+  return larger;
 }
 
 // PTX ISA 9.7.16.7.1 to .3: order the registers before the first product; close a group; wait.
