@@ -10,7 +10,7 @@ from asymconv.kernels.ptx import HOPPER, wgmma_f16
 from asymconv.kernels.rung import Rung
 from asymconv.problem import ConvShape
 
-DEFINES = {"SHIFT": 1, "RING": 4}
+DEFINES = {"SHIFT": 1, "RING": 3}
 
 VARIANTS = (
     {"SHIFT": 1},
@@ -38,10 +38,13 @@ constexpr int THREADS = CONSUMERS + PRODUCERS;
 // start of a strip within 16 bytes.
 constexpr int PIXEL = CHANNELS * 2, RING_W = 144, RING_ROW = RING_W * PIXEL;
 constexpr int WEIGHT_TAP = BLOCK_K * PIXEL, WEIGHTS = TAPS * WEIGHT_TAP;
-constexpr int RING_AT = WEIGHTS, STATE_AT = RING_AT + RING * RING_ROW;
+constexpr int STAGE_W = 64, STAGE_PITCH = 88;  // floats; of a warp's 8 filters on their way out
+constexpr int RING_AT = WEIGHTS, STAGE_AT = RING_AT + RING * RING_ROW;
+constexpr int STATE_AT = STAGE_AT + CONSUMERS / 32 * 8 * STAGE_PITCH * 4;
+static_assert(STAGE_PITCH % 32 == 24, "rows of 8 bytes a lane meet different banks");
 static_assert(RING_ROW % 1024 == 0, "a ring row starts a group of 8 swizzled rows");
 static_assert(RING_W >= 3 + PRODUCT_W + S - 1, "a tap's window lies in the ring row");
-static_assert(RING >= R + 1, "a row is filled while three are read");
+static_assert(RING >= R, "three rows are read together; a row is filled while sums are stored");
 
 // Which rows of an item need fp32: of the input, counted from the item's first.
 struct BadRows {
@@ -52,7 +55,6 @@ struct State {
   unsigned long long full[RING], empty[RING];
   BadRows bad[ITEMS_UNDER_WAY];
   int weights_bad;
-  float turn[CONSUMERS / 32][CHANNELS / 2 * TAPS];
   float bias[BLOCK_K];
   signed char exponent[BLOCK_K];  // of the power of two that makes sums outputs
 };
@@ -240,7 +242,7 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
       atomicMin(&state->bad[under_way].first, row);
       atomicMax(&state->bad[under_way].last, row);
     }
-    fence_for_wgmma();
+    fence_async_proxy();
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state->full[slot]));
     if (++slot == RING) slot = 0, parity ^= 1;
@@ -259,7 +261,8 @@ __device__ __forceinline__ void convert_weights(const float* __restrict__ w,
                                                 int input_scale) {
   constexpr int HALF = CHANNELS / 2 * TAPS, LOADS = 2 * HALF / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float* const turn = state->turn[warp];
+  float* const turn = reinterpret_cast<float*>(shared + STAGE_AT) + warp * 8 * STAGE_PITCH;
+  static_assert(HALF <= 8 * STAGE_PITCH, "half a filter fits a warp's stage");
   float value[LOADS];
   const auto load = [&](int k) {
     const float* const filter = w + (long long)(k0 + k) * c.C * TAPS;
@@ -343,50 +346,58 @@ struct Out {
   bool leftmost;  // no strip on the left
 };
 
-// Writes one output row of a warp's 16 filters. Four lanes hold 8 neighbouring columns of a
-// filter, 32 bytes; but a whole sector starts `skip` columns further right. So the four pass their
-// sums round: a sector comes from two neighbouring eights. EVEN: rows start on 8 bytes, so pairs of
-// columns stay together.
+// Writes one output row of a warp's 16 filters, 8 filters by 64 columns at a time: the sums go to
+// shared memory, shifted so that each filter's first whole sector comes first, and from there in
+// one bulk copy a filter. EVEN: rows start on 8 bytes, so pairs of columns stay together.
 template <bool EVEN>
-__device__ __forceinline__ void store(const Sums& sum, const Out& out, const State* state) {
-  const int lane = threadIdx.x % 32, column = lane % 4 * 2;
+__device__ __forceinline__ void store(const Sums& sum, float* stage, const Out& out,
+                                      const State* state) {
+  const int lane = threadIdx.x % 32, k0 = threadIdx.x / 32 * 16;
   #pragma unroll
   for (int eight = 0; eight < 2; ++eight) {
-    const int k = threadIdx.x / 32 * 16 + eight * 8 + lane / 4;
+    const int k = k0 + eight * 8 + lane / 4;
     const float factor = power_of_two(state->exponent[k]), bias = state->bias[k];
     const auto finished = [&](int j, int i) {
       return fmaf(sum[4 * j + eight * 2 + i], factor, bias);
     };
-    float* const row = out.first + k * out.plane + column;
-    const int skip = SHIFT ? columns_to_sector(row - column) : 0;
-    const int columns = k < out.filters ? out.columns - column : 0;  // from this thread's on
-    // of the columns `column + skip` and one right of it: which lane has them, of which eight
-    const int from0 = (lane & ~3) | (column + skip) / 2 % 4;
-    const int from1 = EVEN ? from0 : (lane & ~3) | (column + skip + 1) / 2 % 4;
-    const int odd = EVEN ? 0 : skip % 2;
-    const bool here0 = column + odd >= skip, here1 = EVEN ? here0 : column + 1 - odd >= skip;
-    float next0 = finished(0, 0), next1 = finished(0, 1);
-    if (SHIFT) {  // leftmost: nobody else writes what comes before the sectors
-      const int before = out.leftmost ? min(skip - column, columns) : 0;
-      if (before > 0) row[0] = next0;
-      if (before > 1) row[1] = next1;
+    float* const row = out.first + k * out.plane;
+    const int skip = SHIFT ? columns_to_sector(row) : 0, column = lane % 4 * 2;
+    float* const mine = stage + lane / 4 * STAGE_PITCH + column - skip;
+    if (out.leftmost && k < out.filters) {  // nobody else writes what comes before the sectors
+      if (column < min(skip, out.columns)) row[column] = finished(0, 0);
+      if (column + 1 < min(skip, out.columns)) row[column + 1] = finished(0, 1);
     }
+    const int line = k0 + eight * 8 + lane;  // the filter that this lane copies, if it is one of 8
+    float* const to = out.first + line * out.plane;
+    const int to_skip = SHIFT ? columns_to_sector(to) : 0;
+    const int columns = lane < 8 && line < out.filters ? out.columns - to_skip : 0;
     #pragma unroll
-    for (int j = 0; j < TILE_W / 8; ++j) {
-      float v0 = next0, v1 = next1;
-      const float this0 = odd ? next1 : next0, this1 = odd ? next0 : next1;
-      next0 = finished(j + 1, 0), next1 = finished(j + 1, 1);
-      if (SHIFT) {
-        v0 = __shfl_sync(0xffffffffu, here0 ? this0 : odd ? next1 : next0, from0);
-        v1 = __shfl_sync(0xffffffffu, here1 ? this1 : odd ? next0 : next1, from1);
+    for (int piece = 0; piece < TILE_W; piece += STAGE_W) {
+      bulk_wait_read();
+      __syncwarp();
+      #pragma unroll
+      for (int j = 0; j <= STAGE_W / 8; ++j) {
+        const float v0 = finished(piece / 8 + j, 0), v1 = finished(piece / 8 + j, 1);
+        const int at = 8 * j + column - skip;
+        const bool in0 = (j > 0 || at >= 0) && (j < STAGE_W / 8 || at < STAGE_W);
+        const bool in1 = (j > 0 || at + 1 >= 0) && (j < STAGE_W / 8 || at + 1 < STAGE_W);
+        if (EVEN) {
+          if (in0) *reinterpret_cast<float2*>(mine + 8 * j) = make_float2(v0, v1);
+        } else {
+          if (in0) mine[8 * j] = v0;
+          if (in1) mine[8 * j + 1] = v1;
+        }
       }
-      float* const to = row + skip + 8 * j;
-      if (EVEN) {
-        if (skip + 8 * j < columns) *reinterpret_cast<float2*>(to) = make_float2(v0, v1);
-      } else {
-        if (skip + 8 * j < columns) to[0] = v0;
-        if (skip + 8 * j + 1 < columns) to[1] = v1;
+      fence_async_proxy();
+      __syncwarp();
+      const int count = min(STAGE_W, columns - piece), whole = count / 4 * 4;
+      const float* const from = stage + lane * STAGE_PITCH;
+      if (whole > 0) bulk_store(to + to_skip + piece, from, whole * 4);
+      #pragma unroll
+      for (int i = 0; i < 3; ++i) {  // the image's edge
+        if (whole + i < count) to[to_skip + piece + whole + i] = from[whole + i];
       }
+      bulk_commit();
     }
   }
 }
@@ -442,9 +453,11 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
                                         int item_step, unsigned char* shared, State* state,
                                         int scale) {
   convert_weights(w, bias, c, k0, shared, state, scale);
-  fence_for_wgmma();
+  fence_async_proxy();
   named_barrier<CONSUMERS>(1);
 
+  float* const stage =
+      reinterpret_cast<float*>(shared + STAGE_AT) + threadIdx.x / 32 * 8 * STAGE_PITCH;
   const unsigned weights = shared_address(shared) + threadIdx.x / WARPGROUP * 64 * PIXEL;
   const unsigned ring = shared_address(shared) + RING_AT;
   const auto wait_for_row = [&](int q) {
@@ -471,13 +484,14 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
       Sums sum;
       multiply(sum, opaque(weights), ring, q, pixels);
       release_row(q);
-      store<EVEN>(sum, row_of(i), state);
+      store<EVEN>(sum, stage, row_of(i), state);
     }
     release_row(q++);
     release_row(q++);
 
     // rows that fp16 cannot hold, if any
     const Item at = item_at(opaque(item), plan, c);
+    bulk_wait();
     named_barrier<CONSUMERS>(1);  // all rows were seen, all sums stored
     BadRows bad = state->bad[under_way];
     if (state->weights_bad) bad = {0, at.rows + R - 2};

@@ -47,6 +47,37 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 """
 
+MMA = r"""
+// PTX ISA 9.7.14.5.15, ldmatrix (sm_75): four 8x8 matrices of halves from shared memory. Lane
+// 8 * m + r points at row r of matrix m, 16 bytes; lane l receives, of each matrix, row l / 4,
+// columns 2 * (l % 4) and + 1.
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&d)[4], const void* row) {
+#ifdef __CUDACC__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"((unsigned)__cvta_generic_to_shared(row))
+               : "memory");
+#else
+  emu::ldmatrix(d, row);
+#endif
+}
+
+// PTX ISA 9.7.14.5.8, mma.m16n8k16 (sm_80): d += a * b of a warp, halves in, fp32 sums. Lane l has
+// of d rows l / 4 and + 8, columns 2 * (l % 4) and + 1.
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0,
+                                             unsigned b1) {
+#ifdef __CUDACC__
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  const unsigned b[2] = {b0, b1};
+  emu::mma_m16n8k16_f16(d, a, b, d);
+#endif
+}
+"""
+
 HOPPER = r"""
 // ---- sm_90a: barriers in shared memory, warpgroup matrix products. No CPU twins.
 __device__ __forceinline__ unsigned shared_address(const void* p) {
@@ -74,9 +105,9 @@ __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity)
                : "memory");
 }
 
-// PTX ISA 9.7.13.4, fence.proxy.async: ordinary writes to shared memory before it are seen by
-// wgmma, which reads through another proxy, after the next barrier.
-__device__ __forceinline__ void fence_for_wgmma() {
+// PTX ISA 9.7.13.4, fence.proxy.async: ordinary writes to shared memory before it are seen, after
+// the next barrier, by wgmma and bulk copies, which read through another proxy.
+__device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
 
@@ -96,6 +127,24 @@ __device__ __forceinline__ float4 load_four_if(bool predicate, const float* from
                : "=&f"(v.x), "=&f"(v.y), "=&f"(v.z), "=&f"(v.w)
                : "l"(from), "r"((int)predicate));
   return v;
+}
+
+// PTX ISA 9.7.9.25.4.1, cp.async.bulk: shared to global memory, all on multiples of 16 bytes.
+__device__ __forceinline__ void bulk_store(float* global, const float* shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n" ::"l"(global),
+               "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
+}
+// PTX ISA 9.7.9.25.4.3 and .4: this thread's bulk copies so far are a group; wait until all have
+// read shared memory, or have written as well.
+__device__ __forceinline__ void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory");
+}
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory");
 }
 
 // PTX ISA 9.7.3.12, max.NaN: the larger magnitude; NaN if one is NaN.
