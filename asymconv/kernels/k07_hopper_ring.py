@@ -393,10 +393,8 @@ __device__ __forceinline__ void store(const Sums& sum, float* stage, const Out& 
       const int count = min(STAGE_W, columns - piece), whole = count / 4 * 4;
       const float* const from = stage + lane * STAGE_PITCH;
       if (whole > 0) bulk_store(to + to_skip + piece, from, whole * 4);
-      #pragma unroll
-      for (int i = 0; i < 3; ++i) {  // the image's edge
-        if (whole + i < count) to[to_skip + piece + whole + i] = from[whole + i];
-      }
+      #pragma unroll 1
+      for (int i = whole; i < count; ++i) to[to_skip + piece + i] = from[i];  // the image's edge
       bulk_commit();
     }
   }
