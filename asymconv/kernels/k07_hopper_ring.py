@@ -348,7 +348,7 @@ struct Out {
 
 // Writes one output row of a warp's 16 filters, 8 filters by 64 columns at a time: the sums go to
 // shared memory, shifted so that each filter's first whole sector comes first, and from there in
-// one bulk copy a filter. EVEN: rows start on 8 bytes, so pairs of columns stay together.
+// pieces of 256 bytes. Nobody reads them soon: __stcs lets L2 write them out first. EVEN: rows start on 8 bytes, so pairs of columns stay together.
 template <bool EVEN>
 __device__ __forceinline__ void store(const Sums& sum, float* stage, const Out& out,
                                       const State* state) {
@@ -367,14 +367,9 @@ __device__ __forceinline__ void store(const Sums& sum, float* stage, const Out& 
       if (column < min(skip, out.columns)) row[column] = finished(0, 0);
       if (column + 1 < min(skip, out.columns)) row[column + 1] = finished(0, 1);
     }
-    const int line = k0 + eight * 8 + lane;  // the filter that this lane copies, if it is one of 8
-    float* const to = out.first + line * out.plane;
-    const int to_skip = SHIFT ? columns_to_sector(to) : 0;
-    const int columns = lane < 8 && line < out.filters ? out.columns - to_skip : 0;
     #pragma unroll
     for (int piece = 0; piece < TILE_W; piece += STAGE_W) {
-      bulk_wait_read();
-      __syncwarp();
+      __syncwarp();  // all have read the last piece
       #pragma unroll
       for (int j = 0; j <= STAGE_W / 8; ++j) {
         const float v0 = finished(piece / 8 + j, 0), v1 = finished(piece / 8 + j, 1);
@@ -388,14 +383,26 @@ __device__ __forceinline__ void store(const Sums& sum, float* stage, const Out& 
           if (in1) mine[8 * j + 1] = v1;
         }
       }
-      fence_async_proxy();
       __syncwarp();
-      const int count = min(STAGE_W, columns - piece), whole = count / 4 * 4;
-      const float* const from = stage + lane * STAGE_PITCH;
-      if (whole > 0) bulk_store(to + to_skip + piece, from, whole * 4);
-      #pragma unroll 1
-      for (int i = whole; i < count; ++i) to[to_skip + piece + i] = from[i];  // the image's edge
-      bulk_commit();
+      const int plane = opaque(out.plane);  // addresses anew for each piece
+      #pragma unroll
+      for (int i = 0; i < 4; ++i) {  // two filters an instruction, 256 bytes each
+        const int line = i * 2 + lane / 16, filter = k0 + eight * 8 + line;
+        float* const to = out.first + filter * plane;
+        const int at_stage = lane % 16 * 4;
+        const int at_row = piece + at_stage + (SHIFT ? columns_to_sector(to) : 0);
+        const int count = filter < out.filters ? out.columns - at_row : 0;
+        const float4 v =
+            *reinterpret_cast<const float4*>(stage + line * STAGE_PITCH + at_stage);
+        if (SHIFT && count >= 4) {
+          __stcs(reinterpret_cast<float4*>(to + at_row), v);
+        } else {  // the image's edge
+          if (count > 0) __stcs(to + at_row, v.x);
+          if (count > 1) __stcs(to + at_row + 1, v.y);
+          if (count > 2) __stcs(to + at_row + 2, v.z);
+          if (count > 3) __stcs(to + at_row + 3, v.w);
+        }
+      }
     }
   }
 }
@@ -489,7 +496,6 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
 
     // rows that fp16 cannot hold, if any
     const Item at = item_at(opaque(item), plan, c);
-    bulk_wait();
     named_barrier<CONSUMERS>(1);  // all rows were seen, all sums stored
     BadRows bad = state->bad[under_way];
     if (state->weights_bad) bad = {0, at.rows + R - 2};

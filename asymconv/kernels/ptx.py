@@ -106,7 +106,7 @@ __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity)
 }
 
 // PTX ISA 9.7.13.4, fence.proxy.async: ordinary writes to shared memory before it are seen, after
-// the next barrier, by wgmma and bulk copies, which read through another proxy.
+// the next barrier, by wgmma, which reads through another proxy.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
@@ -127,24 +127,6 @@ __device__ __forceinline__ float4 load_four_if(bool predicate, const float* from
                : "=&f"(v.x), "=&f"(v.y), "=&f"(v.z), "=&f"(v.w)
                : "l"(from), "r"((int)predicate));
   return v;
-}
-
-// PTX ISA 9.7.9.25.4.1, cp.async.bulk: shared to global memory, all on multiples of 16 bytes.
-__device__ __forceinline__ void bulk_store(float* global, const float* shared, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n" ::"l"(global),
-               "r"(shared_address(shared)), "r"(bytes)
-               : "memory");
-}
-// PTX ISA 9.7.9.25.4.3 and .4: this thread's bulk copies so far are a group; wait until all have
-// read shared memory, or have written as well.
-__device__ __forceinline__ void bulk_commit() {
-  asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
-}
-__device__ __forceinline__ void bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory");
-}
-__device__ __forceinline__ void bulk_wait() {
-  asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory");
 }
 
 // PTX ISA 9.7.3.12, max.NaN: the larger magnitude; NaN if one is NaN.
