@@ -307,7 +307,9 @@ def compile_report(
         command = [str(cuda_home() / "bin" / "nvcc"), *CUDA_FLAGS, "-cubin", "kernel.cu"]
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-ccbin", cxx_compiler()]
         lines = _run(command, Path(folder))
-    warnings = tuple(line for line in lines.splitlines() if "warning" in line.lower())
+    # (C75..): ptxas serializes wgmma, and calls that information
+    telling = ("warning", "(c75")
+    warnings = tuple(li for li in lines.splitlines() if any(t in li.lower() for t in telling))
     return CompileReport(rung.name, arch, _parse_ptxas(lines), warnings)
 
 

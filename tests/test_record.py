@@ -156,7 +156,9 @@ class TestPublishedCounters:
             taken = [t.defines for t in sweep.of_kind("rung") if t.name == rung.name]
             assert taken == [dict(v) for v in rung.variants]
 
-    @pytest.mark.parametrize("rung", RUNGS, ids=lambda r: r.name)
+    @pytest.mark.parametrize(
+        "rung", [r for r in RUNGS if r.precision == "fp32"], ids=lambda r: r.name
+    )
     def test_the_cpu_counts_what_the_gpu_counted(self, rung: Rung) -> None:
         """To the digit where nvcc leaves accesses as written; notebooks 03 and 04 tell the rest."""
         counted: dict[tuple[str, str], list[int]] = {}

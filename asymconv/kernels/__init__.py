@@ -6,6 +6,8 @@ from asymconv.kernels import (
     k03_coalesced,
     k04_shared_tile,
     k05_register_tile,
+    k06_tensor_core,
+    k07_hopper_ring,
 )
 from asymconv.kernels.rung import ConvStruct, Precision, Rung
 
@@ -15,6 +17,8 @@ RUNGS: tuple[Rung, ...] = (
     k03_coalesced.RUNG,
     k04_shared_tile.RUNG,
     k05_register_tile.RUNG,
+    k06_tensor_core.RUNG,
+    k07_hopper_ring.RUNG,
 )
 
 

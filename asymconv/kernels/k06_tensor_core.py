@@ -9,8 +9,8 @@ fp32. Filters are the rows, pixels the columns, so that neighbouring sums are ne
 - A tile of 4 x 64 pixels and its halo are in shared memory as fp16, each pixel a row of 16
   channels. No im2col: a tap is the same tile, read from another pixel on. Pieces of rows are
   swizzled by the pixel's column, so ldmatrix meets no bank twice, wherever a tap starts.
-- A warp computes 32 filters x 2 rows x 64 columns. A row of pixels that it has read for one row of
-  the kernel serves the others from registers.
+- A warp computes WARP_K filters x WARP_H rows x TILE_W columns, by default 64 x 1 x 64. With more
+  than one row, pixels that it has read for one row of the kernel serve the others from registers.
 - A block keeps the weights of its 128 filters, 147,456 bytes as fp16 for 64 channels, and walks
   over tiles. The next 16 channels wait as fp32 in registers while these are multiplied, and are
   converted into the other of two buffers. One barrier for 16 channels; the stores of a tile stand
@@ -26,20 +26,22 @@ What it predicts, on the contract's shape:
 
 - 150 million mma of 2 * 2048 operations. At the 989 TFLOP/s of the data sheet 0.62 ms; mma.sync is
   reported to reach some 60 % of that on Hopper, whose full rate is wgmma's alone: 1.0 ms.
-- Shared memory: for 16 channels and a column of three taps a warp reads 3 * 2 fragments of filters
-  and 4 * 4 of pixels, 22 ldmatrix of 4 wavefronts for 96 mma: 0.92 wavefronts an mma. (Without the
-  rows kept in registers 1.25; tiles of 4 rows x 32 columns a warp: 0.75.) At 0.6 mma a cycle,
-  shared memory is 55 % busy.
+- Shared memory: for 16 channels and a tap a warp reads 4 fragments of filters and 4 of pixels, 8
+  ldmatrix of 4 wavefronts for 32 mma: 1.0 wavefront an mma. (32 filters x 2 rows, with rows kept in
+  registers: 0.92; 32 filters x 4 rows x 32 columns: 0.75.) At 0.6 mma a cycle, shared memory is
+  60 % busy.
 - Other instructions, counted in the SASS, per tile and scheduler: conversion 3,200, loads 800,
   stores 4,600, beside 14,900 cycles of mma at that rate, which itself issues 2,900. If none of it
   overlaps with mma, 1.6 ms; if all does, 1.0.
 - Bytes: a tile of 4 rows reads 6, 66 columns for 64: 1.7 GB from L2; from memory 3.2 GB, 1.15 ms.
 - Time: between 1.5 and 1.9 ms.
 
-Measured:
+Measured: notebook 05, from figures/data: 2.6 ms, half as fast again as PyTorch's default and far
+from the prediction. The tile with the fewest wavefronts was not the fastest; nothing overlaps as
+well as the second estimate hoped.
 
-What limits it now, by that account: the rate of mma.sync, and a block alone on its SM, whose warps
-do the same things at nearly the same time. wgmma is faster and reads its operands from shared
+What limits it now: a block alone on its SM, whose warps do the same things at nearly the same time:
+they convert, multiply and store together. wgmma is faster and reads its operands from shared
 memory by itself: k07.
 """
 
@@ -49,10 +51,10 @@ from asymconv.kernels.rung import Rung
 from asymconv.problem import ConvShape
 
 DEFINES = {
-    "WARP_K": 32,
-    "WARPS_K": 4,
-    "WARP_H": 2,
-    "WARPS_H": 2,
+    "WARP_K": 64,
+    "WARPS_K": 2,
+    "WARP_H": 1,
+    "WARPS_H": 4,
     "TILE_W": 64,
     "STRIP": 16,
 }
@@ -60,9 +62,8 @@ DEFINES = {
 VARIANTS = tuple(
     dict(zip(DEFINES, values, strict=True))
     for values in (
-        *((32, 4, 2, 2, 64, 16), (32, 4, 2, 2, 64, 4), (32, 4, 2, 2, 64, 1)),
-        *((32, 4, 4, 2, 32, 32), (32, 4, 4, 2, 32, 8), (64, 2, 2, 4, 32, 32)),
-        *((64, 2, 1, 4, 64, 16), (32, 4, 1, 4, 64, 16)),
+        *((64, 2, 1, 4, 64, 16), (32, 4, 2, 2, 64, 16), (32, 4, 2, 2, 64, 4)),
+        *((32, 4, 2, 2, 64, 1), (32, 4, 4, 2, 32, 32), (64, 2, 2, 4, 32, 32)),
     )
 )
 """Warp tiles, blocks and strips that are compared."""

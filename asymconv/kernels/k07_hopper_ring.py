@@ -1,6 +1,38 @@
-"""k07: wgmma on Hopper, weights that stay, a ring of rows, stores of whole sectors.
+"""k07: Hopper's own tensor cores, over a ring of rows that slides down the image.
 
-(docstring to be completed)
+What the last rung was limited by: one block an SM whose warps convert, multiply and store in step;
+and mma.sync, which on Hopper reaches some 60 % of what wgmma does.
+
+What it changes:
+
+- wgmma reads both operands from shared memory by itself. Filters are its rows, pixels its columns.
+  All weights of 128 filters, 147,456 bytes as fp16, stay in shared memory.
+- A pixel is a row of 64 channels, 128 bytes, swizzled. A tap of the kernel is the same data started
+  some pixels further: wgmma's descriptor takes any start, so nothing is laid out twice.
+- A block walks down a strip of 128 columns. Four rows of input are a ring: three are multiplied,
+  the fourth is filled. Two warpgroups fetch and convert; two multiply, 64 filters each, and store.
+  mbarriers pass rows to and fro; nobody waits for a whole block.
+- The next row is on its way in registers while this one, converted, waits for its place.
+- Rows of the output are 1022 * 4 bytes apart, so most begin in the middle of a 32-byte sector. Each
+  product is 8 columns wider than the strip; four lanes, which hold 8 neighbouring columns, pass
+  them round until a whole sector comes together, and write that.
+- fp32's range is kept by half_range.py. What fp16 cannot hold is computed again, in fp32, row by
+  row, by the block that met it: about 80 microseconds a row of 128 columns. The look at every value
+  costs nothing that could be measured.
+
+What it predicts, on the contract's shape: the bytes alone take 1.15 to 1.2 ms. Products: 36 wgmma
+of 64 x 136 x 16 a warpgroup and row, 2.9 microseconds for both, 0.75 ms in all. They cannot start
+before the last row is there, and stores follow them: if each took a microsecond more, 1.25 ms.
+
+Measured: notebook 06, from figures/data: 1.7 ms, 2.4 times as fast as PyTorch's default, and 1.4
+times the memory's own time. Parts left out (not recorded, one run): products alone 1.1 ms, loads
+alone 0.57, stores alone 1.1, loads and stores without products 1.65.
+
+What limits it now: stores of 32 bytes, eight filters at a time, and loads beside them. A kernel
+that only moves the same bytes in the same strips took 1.29 ms with bulk copies of 512 bytes, 1.37
+with streaming stores of 128, 1.55 with ordinary ones. Bulk copies cost this kernel more to issue
+than they saved; long stores through shared memory made the time between products too long. Storing
+one row while the next is multiplied is what remains: it takes two sets of sums.
 """
 
 import math
@@ -10,12 +42,13 @@ from asymconv.kernels.ptx import HOPPER, wgmma_f16
 from asymconv.kernels.rung import Rung
 from asymconv.problem import ConvShape
 
-DEFINES = {"SHIFT": 1, "RING": 3}
+DEFINES = {"SHIFT": 1, "RING": 4}
 
 VARIANTS = (
     {"SHIFT": 1},
     {"SHIFT": 0},
 )
+"""Whole sectors, and what it costs to write where rows begin."""
 
 SOURCE = (
     HALF_RANGE
@@ -38,13 +71,10 @@ constexpr int THREADS = CONSUMERS + PRODUCERS;
 // start of a strip within 16 bytes.
 constexpr int PIXEL = CHANNELS * 2, RING_W = 144, RING_ROW = RING_W * PIXEL;
 constexpr int WEIGHT_TAP = BLOCK_K * PIXEL, WEIGHTS = TAPS * WEIGHT_TAP;
-constexpr int STAGE_W = 64, STAGE_PITCH = 88;  // floats; of a warp's 8 filters on their way out
-constexpr int RING_AT = WEIGHTS, STAGE_AT = RING_AT + RING * RING_ROW;
-constexpr int STATE_AT = STAGE_AT + CONSUMERS / 32 * 8 * STAGE_PITCH * 4;
-static_assert(STAGE_PITCH % 32 == 24, "rows of 8 bytes a lane meet different banks");
+constexpr int RING_AT = WEIGHTS, STATE_AT = RING_AT + RING * RING_ROW;
 static_assert(RING_ROW % 1024 == 0, "a ring row starts a group of 8 swizzled rows");
 static_assert(RING_W >= 3 + PRODUCT_W + S - 1, "a tap's window lies in the ring row");
-static_assert(RING >= R, "three rows are read together; a row is filled while sums are stored");
+static_assert(RING >= R + 1, "a row is filled while three are read");
 
 // Which rows of an item need fp32: of the input, counted from the item's first.
 struct BadRows {
@@ -55,6 +85,7 @@ struct State {
   unsigned long long full[RING], empty[RING];
   BadRows bad[ITEMS_UNDER_WAY];
   int weights_bad;
+  float turn[CONSUMERS / 32][CHANNELS / 2 * TAPS];
   float bias[BLOCK_K];
   signed char exponent[BLOCK_K];  // of the power of two that makes sums outputs
 };
@@ -98,7 +129,8 @@ __device__ __forceinline__ float4 load_four(const float* image, int row, int col
     return load_four_if(inside && (unsigned)column < (unsigned)width, image + row + column);
   }
   const auto at = [&](int i) {
-    return inside && (unsigned)(column + i) < (unsigned)width ? __ldg(image + row + column + i) : 0.0f;
+    const bool there = inside && (unsigned)(column + i) < (unsigned)width;
+    return there ? __ldg(image + row + column + i) : 0.0f;
   };
   return make_float4(at(0), at(1), at(2), at(3));
 }
@@ -261,8 +293,7 @@ __device__ __forceinline__ void convert_weights(const float* __restrict__ w,
                                                 int input_scale) {
   constexpr int HALF = CHANNELS / 2 * TAPS, LOADS = 2 * HALF / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float* const turn = reinterpret_cast<float*>(shared + STAGE_AT) + warp * 8 * STAGE_PITCH;
-  static_assert(HALF <= 8 * STAGE_PITCH, "half a filter fits a warp's stage");
+  float* const turn = state->turn[warp];
   float value[LOADS];
   const auto load = [&](int k) {
     const float* const filter = w + (long long)(k0 + k) * c.C * TAPS;
@@ -305,8 +336,8 @@ __device__ __forceinline__ void convert_weights(const float* __restrict__ w,
       for (int tap = 0; tap < TAPS; ++tap) {
         const float v = turn[lane * TAPS + tap];
         run = max(run, magnitude(v));
-        const int at = tap * WEIGHT_TAP + k * PIXEL + ((channel / 8 ^ k % 8) << 4) + channel % 8 * 2;
-        *reinterpret_cast<__half*>(shared + at) = __float2half_rn(factor * v);
+        unsigned char* const to = shared + tap * WEIGHT_TAP + in_row(k, channel / 8);
+        *reinterpret_cast<__half*>(to + channel % 8 * 2) = __float2half_rn(factor * v);
       }
       good = good && range.holds(run);
     }
@@ -346,62 +377,49 @@ struct Out {
   bool leftmost;  // no strip on the left
 };
 
-// Writes one output row of a warp's 16 filters, 8 filters by 64 columns at a time: the sums go to
-// shared memory, shifted so that each filter's first whole sector comes first, and from there in
-// pieces of 256 bytes. Nobody reads them soon: __stcs lets L2 write them out first. EVEN: rows start on 8 bytes, so pairs of columns stay together.
+// Writes one output row of a warp's 16 filters. Four lanes hold 8 neighbouring columns of a
+// filter, 32 bytes; but a whole sector starts `skip` columns further right. So the four pass their
+// sums round: a sector comes from two neighbouring eights. EVEN: rows start on 8 bytes, so pairs of
+// columns stay together.
 template <bool EVEN>
-__device__ __forceinline__ void store(const Sums& sum, float* stage, const Out& out,
-                                      const State* state) {
-  const int lane = threadIdx.x % 32, k0 = threadIdx.x / 32 * 16;
+__device__ __forceinline__ void store(const Sums& sum, const Out& out, const State* state) {
+  const int lane = threadIdx.x % 32, column = lane % 4 * 2;
   #pragma unroll
   for (int eight = 0; eight < 2; ++eight) {
-    const int k = k0 + eight * 8 + lane / 4;
+    const int k = threadIdx.x / 32 * 16 + eight * 8 + lane / 4;
     const float factor = power_of_two(state->exponent[k]), bias = state->bias[k];
     const auto finished = [&](int j, int i) {
       return fmaf(sum[4 * j + eight * 2 + i], factor, bias);
     };
-    float* const row = out.first + k * out.plane;
-    const int skip = SHIFT ? columns_to_sector(row) : 0, column = lane % 4 * 2;
-    float* const mine = stage + lane / 4 * STAGE_PITCH + column - skip;
-    if (out.leftmost && k < out.filters) {  // nobody else writes what comes before the sectors
-      if (column < min(skip, out.columns)) row[column] = finished(0, 0);
-      if (column + 1 < min(skip, out.columns)) row[column + 1] = finished(0, 1);
+    float* const row = out.first + k * out.plane + column;
+    const int skip = SHIFT ? columns_to_sector(row - column) : 0;
+    const int columns = k < out.filters ? out.columns - column : 0;  // from this thread's on
+    // of the columns `column + skip` and one right of it: which lane has them, of which eight
+    const int from0 = (lane & ~3) | (column + skip) / 2 % 4;
+    const int from1 = EVEN ? from0 : (lane & ~3) | (column + skip + 1) / 2 % 4;
+    const int odd = EVEN ? 0 : skip % 2;
+    const bool here0 = column + odd >= skip, here1 = EVEN ? here0 : column + 1 - odd >= skip;
+    float next0 = finished(0, 0), next1 = finished(0, 1);
+    if (SHIFT) {  // leftmost: nobody else writes what comes before the sectors
+      const int before = out.leftmost ? min(skip - column, columns) : 0;
+      if (before > 0) row[0] = next0;
+      if (before > 1) row[1] = next1;
     }
     #pragma unroll
-    for (int piece = 0; piece < TILE_W; piece += STAGE_W) {
-      __syncwarp();  // all have read the last piece
-      #pragma unroll
-      for (int j = 0; j <= STAGE_W / 8; ++j) {
-        const float v0 = finished(piece / 8 + j, 0), v1 = finished(piece / 8 + j, 1);
-        const int at = 8 * j + column - skip;
-        const bool in0 = (j > 0 || at >= 0) && (j < STAGE_W / 8 || at < STAGE_W);
-        const bool in1 = (j > 0 || at + 1 >= 0) && (j < STAGE_W / 8 || at + 1 < STAGE_W);
-        if (EVEN) {
-          if (in0) *reinterpret_cast<float2*>(mine + 8 * j) = make_float2(v0, v1);
-        } else {
-          if (in0) mine[8 * j] = v0;
-          if (in1) mine[8 * j + 1] = v1;
-        }
+    for (int j = 0; j < TILE_W / 8; ++j) {
+      float v0 = next0, v1 = next1;
+      const float this0 = odd ? next1 : next0, this1 = odd ? next0 : next1;
+      next0 = finished(j + 1, 0), next1 = finished(j + 1, 1);
+      if (SHIFT) {
+        v0 = __shfl_sync(0xffffffffu, here0 ? this0 : odd ? next1 : next0, from0);
+        v1 = __shfl_sync(0xffffffffu, here1 ? this1 : odd ? next0 : next1, from1);
       }
-      __syncwarp();
-      const int plane = opaque(out.plane);  // addresses anew for each piece
-      #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // two filters an instruction, 256 bytes each
-        const int line = i * 2 + lane / 16, filter = k0 + eight * 8 + line;
-        float* const to = out.first + filter * plane;
-        const int at_stage = lane % 16 * 4;
-        const int at_row = piece + at_stage + (SHIFT ? columns_to_sector(to) : 0);
-        const int count = filter < out.filters ? out.columns - at_row : 0;
-        const float4 v =
-            *reinterpret_cast<const float4*>(stage + line * STAGE_PITCH + at_stage);
-        if (SHIFT && count >= 4) {
-          __stcs(reinterpret_cast<float4*>(to + at_row), v);
-        } else {  // the image's edge
-          if (count > 0) __stcs(to + at_row, v.x);
-          if (count > 1) __stcs(to + at_row + 1, v.y);
-          if (count > 2) __stcs(to + at_row + 2, v.z);
-          if (count > 3) __stcs(to + at_row + 3, v.w);
-        }
+      float* const to = row + skip + 8 * j;
+      if (EVEN) {
+        if (skip + 8 * j < columns) *reinterpret_cast<float2*>(to) = make_float2(v0, v1);
+      } else {
+        if (skip + 8 * j < columns) to[0] = v0;
+        if (skip + 8 * j + 1 < columns) to[1] = v1;
       }
     }
   }
@@ -461,8 +479,6 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
   fence_async_proxy();
   named_barrier<CONSUMERS>(1);
 
-  float* const stage =
-      reinterpret_cast<float*>(shared + STAGE_AT) + threadIdx.x / 32 * 8 * STAGE_PITCH;
   const unsigned weights = shared_address(shared) + threadIdx.x / WARPGROUP * 64 * PIXEL;
   const unsigned ring = shared_address(shared) + RING_AT;
   const auto wait_for_row = [&](int q) {
@@ -489,7 +505,7 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
       Sums sum;
       multiply(sum, opaque(weights), ring, q, pixels);
       release_row(q);
-      store<EVEN>(sum, stage, row_of(i), state);
+      store<EVEN>(sum, row_of(i), state);
     }
     release_row(q++);
     release_row(q++);

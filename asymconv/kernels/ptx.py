@@ -27,6 +27,28 @@ __device__ __forceinline__ void cp_async_16(float* shared, const float* global, 
 #endif
 }
 
+// The same with ignore-src: copies, or without reading writes zeros.
+__device__ __forceinline__ void cp_async_4_if(bool copy, float* shared, const float* global) {
+#ifdef __CUDACC__
+  asm volatile("{ .reg .pred zeros; setp.eq.s32 zeros, %2, 0;\n"
+               "  cp.async.ca.shared.global [%0], [%1], 4, zeros; }\n" ::"r"(
+                   (unsigned)__cvta_generic_to_shared(shared)),
+               "l"(global), "r"((int)copy));
+#else
+  emu::cp_async<4>(shared, global, copy ? 4 : 0);
+#endif
+}
+__device__ __forceinline__ void cp_async_16_if(bool copy, float* shared, const float* global) {
+#ifdef __CUDACC__
+  asm volatile("{ .reg .pred zeros; setp.eq.s32 zeros, %2, 0;\n"
+               "  cp.async.cg.shared.global [%0], [%1], 16, zeros; }\n" ::"r"(
+                   (unsigned)__cvta_generic_to_shared(shared)),
+               "l"(global), "r"((int)copy));
+#else
+  emu::cp_async<16>(shared, global, copy ? 16 : 0);
+#endif
+}
+
 // PTX ISA 9.7.9.25.3.2: the copies so far, since the last commit, are a group.
 __device__ __forceinline__ void cp_async_commit() {
 #ifdef __CUDACC__
