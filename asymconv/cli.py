@@ -128,21 +128,21 @@ def profile(
         name, _, constants = text.partition(":")
         defines = {k: int(v) for k, v in (c.split("=") for c in constants.split(","))}
         jobs.append((_rungs(name)[0], CONTRACT, defines))
-    taken = []
+    taken, path = [], output or profiler.COUNTERS
     for rung, shape, defines in jobs:
         with console.status(f"profiling {rung.name}"):
             try:
                 taken.append(profiler.profile(rung, shape, defines))
             except profiler.ProfilerError as error:
                 raise _fail(str(error)) from error
+        if record:  # after each: a run that is cut off has lost nothing
+            profiler.Profile(records.environment(), tuple(taken)).save(path)
     full = [c for c in taken if c.shape == CONTRACT]
     table = Table("counter", *(c.name.split("_")[0] for c in full))
     for name in profiler.METRICS:
         table.add_row(name, *(f"{c[name]:,.4g}" for c in full))
     console.print(table)
     if record:
-        path = output or profiler.COUNTERS
-        profiler.Profile(records.environment(), tuple(taken)).save(path)
         console.print(f"record: {path}", soft_wrap=True)
 
 

@@ -7,6 +7,7 @@ same on every machine, unless its name says `here`.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 from IPython.display import SVG, Markdown
@@ -30,6 +31,28 @@ def kernel(rung: Rung) -> Markdown:
     return Markdown(f"```cpp\n{rung.source.strip()}\n```")
 
 
+def excerpt(rung: Rung, *names: str) -> Markdown:
+    """Functions or structs of a rung's CUDA text, with the comments above them.
+
+    Raises:
+        KeyError: the text defines no such name at the start of a line.
+    """
+    lines, parts = rung.text().splitlines(), []
+    for name in names:
+        pattern = re.compile(rf"^\S.*\b{name}\b\s*(\(|\{{)|^ +{name}\(")
+        found = [i for i, line in enumerate(lines) if pattern.match(line)]
+        found = [i for i in found if not lines[i].lstrip().startswith(("//", "return", "#"))]
+        if not found:
+            raise KeyError(f"{rung.name} defines no {name}")
+        first = last = found[0]
+        while first > 0 and lines[first - 1].strip():
+            first -= 1
+        while not lines[last].startswith("}") and not lines[last].endswith("; }"):
+            last += 1
+        parts.append("\n".join(lines[first : last + 1]))
+    return Markdown("```cpp\n" + "\n\n".join(parts) + "\n```")
+
+
 def difference(before: Rung, after: Rung) -> Markdown:
     """What a rung changes in the CUDA text of another, as a unified diff."""
     lines = difflib.unified_diff(
@@ -41,6 +64,18 @@ def difference(before: Rung, after: Rung) -> Markdown:
         n=1,
     )
     return Markdown("```diff\n" + "\n".join(lines) + "\n```")
+
+
+def compiled(rung: Rung) -> Markdown:
+    """What nvcc and ptxas say of a rung here, or that there is no nvcc here."""
+    try:
+        report = build.compile_report(rung)
+    except build.MissingToolError as error:
+        return Markdown(f"*Not compiled here: {error}*")
+    rows = [(k.function, k.registers, k.spill_stores, k.stack) for k in report.kernels]
+    warnings = "; ".join(report.warnings) or "none"
+    header = (f"sm_{report.arch}, warnings: {warnings}", "registers", "spilled bytes", "stack")
+    return table(header, rows)
 
 
 def passed(rung: Rung, *shapes: ConvShape) -> Markdown:

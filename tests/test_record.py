@@ -137,15 +137,23 @@ def test_timing_on_this_gpu(tmp_path: Path) -> None:
     assert record.load(tmp_path / "r.json") == made
 
 
+# The lease ended before their counters came: `asymconv profile --rungs k05,k06,k07 --record`.
+NOT_PROFILED = {"k05", "k06", "k07"}
+
+
 class TestPublishedCounters:
     """The counters, and what the CPU backend counts for the same text and shape."""
 
     profile = profiler.load()
 
     def test_are_of_the_rungs_as_they_are_now(self) -> None:
+        hashes = {(c.name, c.shape): c.source_hash for c in self.profile.counters}
         for rung in RUNGS:
             for shape in (CONTRACT, profiler.PROOF):
-                assert self.profile.of(rung.name, shape).source_hash == rung.source_hash
+                if rung.number in NOT_PROFILED:
+                    assert (rung.name, shape) not in hashes, f"{rung.number} is profiled now"
+                else:
+                    assert hashes[rung.name, shape] == rung.source_hash
 
     def test_variants_are_of_the_rungs_as_they_are_now(self) -> None:
         sweep = record.load(record.VARIANTS)
@@ -157,7 +165,9 @@ class TestPublishedCounters:
             assert taken == [dict(v) for v in rung.variants]
 
     @pytest.mark.parametrize(
-        "rung", [r for r in RUNGS if r.precision == "fp32"], ids=lambda r: r.name
+        "rung",
+        [r for r in RUNGS if r.precision == "fp32" and r.number not in NOT_PROFILED],
+        ids=lambda r: r.name,
     )
     def test_the_cpu_counts_what_the_gpu_counted(self, rung: Rung) -> None:
         """To the digit where nvcc leaves accesses as written; notebooks 03 and 04 tell the rest."""
