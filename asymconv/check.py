@@ -52,8 +52,9 @@ class Tolerance:
             errors (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5).
             One wrong tap exceeds it by far, wherever it stands.
         norm: largest ‖y - ref‖ / ‖ref‖ allowed, over all elements. Rounding errors are random
-            and mostly cancel, so this is far tighter. It holds for shapes of some size
-            (`MIN_OUTPUTS`); a handful of outputs can all be near zero.
+            and mostly cancel, so this is far tighter. It is an average, and holds where many
+            roundings are averaged (`MIN_SAMPLES`): a few outputs can all be near zero, a few
+            weights can all be rounded far.
         reason: why these.
     """
 
@@ -62,8 +63,8 @@ class Tolerance:
     reason: str
 
 
-MIN_OUTPUTS = 4096
-"""Outputs from which on the norm is checked as well as each element."""
+MIN_SAMPLES = 4096
+"""Outputs and weights from which on the norm is checked as well as each element."""
 
 
 def tolerance(precision: Precision, terms: int) -> Tolerance:
@@ -209,7 +210,7 @@ def check(
         f"{where}: an element is off by {worst:.3g} times what is allowed "
         f"({allowed.reason}); {int(y.isnan().sum())} of {y.numel()} elements are NaN"
     )
-    if shape.outputs >= MIN_OUTPUTS:
+    if min(shape.outputs, math.prod(shape.weight_shape)) >= MIN_SAMPLES:
         assert error <= allowed.norm, f"{where}: error {error:.3g}, allowed {allowed.norm:.3g}"
     del y
 

@@ -29,6 +29,7 @@ ODD_SHAPES = [
     ConvShape(8, 7, 6, 70, 17),
     ConvShape(1, 6, 9, 140, 70, padding=1, bias=True),  # several tiles, rows on 16 bytes
     ConvShape(2, 10, 7, 261, 6, padding=(0, 2), groups=2),
+    ConvShape(2, 16, 5, 33, 40, padding=1),  # enough weights and outputs for the norm
 ]
 
 
