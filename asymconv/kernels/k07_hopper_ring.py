@@ -634,5 +634,4 @@ RUNG = Rung(
     arch="90a",
     defines=DEFINES,
     variants=VARIANTS,
-    emulated=False,
 )
