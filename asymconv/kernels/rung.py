@@ -154,7 +154,7 @@ class Rung:
 
     @property
     def source_hash(self) -> str:
-        """16 hex digits over what nvcc sees, without comments: records carry it, tests compare it."""
+        """16 hex digits over the text as nvcc sees it: records carry it, tests compare it."""
         return hashlib.sha256(_as_nvcc_sees(self.text()).encode()).hexdigest()[:16]
 
 
