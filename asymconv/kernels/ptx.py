@@ -233,6 +233,11 @@ __device__ __forceinline__ unsigned long long swizzled_rows(unsigned address) {
 """
 
 BULK = r"""
+// A matrix descriptor so many bytes further on; only the address changes, which has 14 of 64 bits.
+__device__ __forceinline__ unsigned long long moved(unsigned long long descriptor, int bytes) {
+  return (descriptor & 0xffffffff00000000ull) | ((unsigned)descriptor + bytes / 16);
+}
+
 // ---- sm_90: bulk copies, which a thread starts and a copy engine makes, and registers that warps
 // hand over. Addresses and sizes are multiples of 16 bytes.
 
