@@ -120,44 +120,6 @@ void arrive(unsigned address, int count, long long bytes, const char* what, int 
   yield_at_random();
 }
 
-// --------------------------------------------------------------------------------- named barriers
-
-constexpr const char* kNamedBarrier = "barrier.sync";
-
-void arrive_at_named_barrier(int id, int threads, bool waits, int line) {
-  const uint3 t = self->index;
-  const char* what = waits ? kNamedBarrier : "barrier.arrive";
-  if (id < 1 || id >= kNamedBarriers || threads < 1 || threads % kWarp || threads > block.size) {
-    fail("thread (%u, %u, %u): %s of barrier %d and %d threads at line %d: barriers are 1 to %d (0 "
-         "is __syncthreads()), threads a multiple of %d, at most the block's %d",
-         t.x, t.y, t.z, what, id, threads, line, kNamedBarriers - 1, kWarp, block.size);
-  }
-  NamedBarrier& barrier = block.named_barriers[id];
-  if (barrier.arrived && barrier.threads != threads) {
-    fail("thread (%u, %u, %u) reaches barrier %d for %d threads at line %d, others reached it for "
-         "%d at line %d",
-         t.x, t.y, t.z, id, threads, line, barrier.threads, barrier.line);
-  }
-  barrier.threads = threads;
-  barrier.line = line;
-  if constexpr (EMU_TRACED) trace::hand_on(*self, barrier.brought);
-  if (waits) barrier.waiting.push_back(self);
-  if (++barrier.arrived < threads) {
-    if (!waits) return;
-    self->wait = {kNamedBarrier, line};
-    self->wait.named_barrier = id;
-    suspend();
-    return;
-  }
-  if constexpr (EMU_TRACED) {
-    for (Thread* thread : barrier.waiting) trace::take_over(*thread, barrier.brought);
-    barrier.brought = {};
-  }
-  if (waits) barrier.waiting.pop_back();  // this thread
-  barrier.arrived = 0;
-  wake(barrier.waiting, waits);
-}
-
 // ----------------------------------------------------------------------------------------- wgmma
 
 constexpr int kWarpgroup = 128, kRows = 64, kDepth = 16, kMaxColumns = 256;
@@ -453,11 +415,36 @@ void mbarrier_wait(unsigned address, unsigned parity, int line) {
 }
 
 void named_barrier(int id, int threads, int line) {
-  arrive_at_named_barrier(id, threads, true, line);
-}
-
-void named_barrier_arrive(int id, int threads, int line) {
-  arrive_at_named_barrier(id, threads, false, line);
+  constexpr const char* kWhat = "barrier.sync";
+  const uint3 t = self->index;
+  if (id < 1 || id >= kNamedBarriers || threads < 1 || threads % kWarp || threads > block.size) {
+    fail("thread (%u, %u, %u): %s of barrier %d and %d threads at line %d: barriers are 1 to %d (0 "
+         "is __syncthreads()), threads a multiple of %d, at most the block's %d",
+         t.x, t.y, t.z, kWhat, id, threads, line, kNamedBarriers - 1, kWarp, block.size);
+  }
+  NamedBarrier& barrier = block.named_barriers[id];
+  if (barrier.arrived && barrier.threads != threads) {
+    fail("thread (%u, %u, %u) reaches barrier %d for %d threads at line %d, others wait there for "
+         "%d at line %d",
+         t.x, t.y, t.z, id, threads, line, barrier.threads, barrier.line);
+  }
+  barrier.threads = threads;
+  barrier.line = line;
+  if constexpr (EMU_TRACED) trace::hand_on(*self, barrier.brought);
+  if (++barrier.arrived < threads) {
+    self->wait = {kWhat, line};
+    self->wait.named_barrier = id;
+    barrier.waiting.push_back(self);
+    suspend();
+    return;
+  }
+  if constexpr (EMU_TRACED) {
+    for (Thread* thread : barrier.waiting) trace::take_over(*thread, barrier.brought);
+    trace::take_over(*self, barrier.brought);
+    barrier.brought = {};
+  }
+  barrier.arrived = 0;
+  wake(barrier.waiting, true);
 }
 
 void fence_async_proxy() {
@@ -600,6 +587,10 @@ void begin_barriers() {
 
 void check_nothing_under_way(const Thread& thread, bool last) {
   const uint3 t = thread.index;
+  if (!thread.products.empty()) {
+    fail("thread (%u, %u, %u) exits without having waited for its wgmma of line %d", t.x, t.y, t.z,
+         thread.products.front().line);
+  }
   if (!thread.bulk_stores.empty()) {
     fail("thread (%u, %u, %u) exits while its bulk copy of line %d reads shared memory", t.x, t.y,
          t.z, thread.bulk_stores.front().line);

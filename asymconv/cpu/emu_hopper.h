@@ -23,9 +23,8 @@ void mbarrier_arrive(unsigned barrier, int count, int line = __builtin_LINE());
 void mbarrier_arrive_expect(unsigned barrier, int bytes, int line = __builtin_LINE());
 void mbarrier_wait(unsigned barrier, unsigned parity, int line = __builtin_LINE());
 
-// barrier.sync and barrier.arrive of `threads` threads; barriers 1 to 15.
+// barrier.sync of `threads` threads, a multiple of 32; barriers 1 to 15.
 void named_barrier(int id, int threads, int line = __builtin_LINE());
-void named_barrier_arrive(int id, int threads, int line = __builtin_LINE());
 
 // fence.proxy.async: found missing by the race check of a traced library.
 void fence_async_proxy();

@@ -330,7 +330,6 @@ Space space_of(const void* p, int bytes, Op op, const void* pc, bool wrapped) {
 // seen b by way of such a fence.
 struct Toucher {
   short thread = -1;
-  bool atomic = false;
   bool async = false;  // through the asynchronous proxy
   unsigned stamp = 0;  // of its own clock
   int site = 0;
@@ -338,7 +337,8 @@ struct Toucher {
 
 struct Cell {
   unsigned epoch = 0;  // older readers are forgotten, and writers of another block
-  Toucher writer;
+  Toucher writer;    // the last ordinary store
+  Toucher atomic;    // the last atomic operation since
   Toucher reader;    // the last
   Toucher mate;      // the last of the same warp, but another lane
   Toucher stranger;  // the last of another warp
@@ -400,19 +400,18 @@ void check_cell(std::size_t index, Op op, const Thread& thread, int site, bool a
   Cell& cell = cells[index];
   if (cell.epoch != epoch) {
     if (cell.epoch < first_epoch) cell.writer = {};
-    cell.reader = cell.mate = cell.stranger = {};
+    cell.atomic = cell.reader = cell.mate = cell.stranger = {};
     cell.epoch = epoch;
   }
-  const bool atomic = op == kAtomic;
-  const bool both_atomic = atomic && cell.writer.atomic;
-  if (!both_atomic && !ordered(cell.writer, thread)) {
-    report_race(cell.writer, true, thread, op, site, index);
+  if (!ordered(cell.writer, thread)) report_race(cell.writer, true, thread, op, site, index);
+  if (op != kAtomic && !ordered(cell.atomic, thread)) {
+    report_race(cell.atomic, true, thread, op, site, index);
   }
   if (async && !ordered_by_fence(cell.writer, thread)) {
     report_race(cell.writer, true, thread, op, site, index, "fence.proxy.async and barrier");
   }
-  const Toucher now{static_cast<short>(thread.number), atomic, async,
-                    clocks[thread.number][thread.number], site};
+  const unsigned stamp = clocks[thread.number][thread.number];
+  const Toucher now{static_cast<short>(thread.number), async, stamp, site};
   if (op == kLoad) {
     remember_reader(cell, now);
     return;
@@ -420,7 +419,12 @@ void check_cell(std::size_t index, Op op, const Thread& thread, int site, bool a
   for (const Toucher* reader : {&cell.reader, &cell.mate, &cell.stranger}) {
     if (!ordered(*reader, thread)) report_race(*reader, false, thread, op, site, index);
   }
-  cell.writer = now;
+  if (op == kAtomic) {
+    cell.atomic = now;
+  } else {
+    cell.writer = now;
+    cell.atomic = {};
+  }
   cell.reader = cell.mate = cell.stranger = {};
 }
 
