@@ -772,7 +772,7 @@ __global__ void bulk_load_short(const float* x, float* y) {
 }
 LAUNCH(bulk_load_short, 1, 1, 0)
 
-enum { WAITED, TOO_EARLY, NOT_WAITED, NOT_FENCED, ODD_BYTES };
+enum { WAITED, ONLY_READ, TOO_EARLY, NOT_WAITED, NOT_FENCED, ODD_BYTES };
 template <int How>
 __device__ void store_in_bulk(const float* x, float* y) {
   __shared__ float4 row[32];
@@ -789,13 +789,16 @@ __device__ void store_in_bulk(const float* x, float* y) {
     if (How == TOO_EARLY) row[30].x = -1.0f;
     if (How != NOT_WAITED) bulk_wait_read<1>();
     row[0].y = -2.0f;
-    if (How != NOT_WAITED) bulk_wait();
+    if (How == ONLY_READ) bulk_wait_read();
+    if (How != NOT_WAITED && How != ONLY_READ) bulk_wait();
+    y[256] = y[0];
   }
 }
 #define STORES(name, How)                                                                  \
   __global__ void name(const float* x, float* y) { store_in_bulk<How>(x, y); }             \
   LAUNCH(name, 1, 32, 0)
 STORES(bulk_stores, WAITED)
+STORES(bulk_stores_read, ONLY_READ)
 STORES(bulk_stores_overwritten, TOO_EARLY)
 STORES(bulk_stores_unheeded, NOT_WAITED)
 STORES(bulk_stores_unfenced, NOT_FENCED)
@@ -1471,8 +1474,12 @@ def test_bulk_stores_read_as_late_as_they_may(programs):
     for order_seed in (0, 1):
         y = run(traced, "bulk_stores", racecheck=True, trace=True, order_seed=order_seed)
         assert torch.equal(y[:128], x)
+        assert y[256] == 0
     (count,) = (c for c in traced.counts() if c.line == line_of(HOPPER_CHECKED, "bulk_store"))
     assert (count.space, count.op, count.requests, count.sectors) == ("global", "store", 1, 8)
+    y = run(program, "bulk_stores_read")  # arrives some time, but not for who does not wait
+    assert torch.equal(y[:128], x)
+    assert y[256].isnan()
     y = run(program, "bulk_stores_overwritten")[:128]
     assert y[12] == y[120] == -1
     with pytest.raises(cpu.EmulationError, match="exits while its bulk copy"):

@@ -244,6 +244,27 @@ def test_capture_in_a_cuda_graph(rung: Rung) -> None:
     assert torch.equal(y, kernel(x, weight, None, shape))
 
 
+def test_the_hash_is_of_what_nvcc_sees() -> None:
+    """Comments, white space and what stands there for g++ alone do not make a record stale."""
+    rung = get_rung("k01")
+
+    def hash_with(more: str) -> str:
+        return replace(rung, source=rung.source + more).source_hash
+
+    expected = hash_with("\nint a;\n#ifdef N\nint b;\n#else\nint c;\n#endif\nint d;\n")
+    for same in (
+        "  int a; // one\n#ifdef N\nint b; /* two\n */\n#else\nint c;\n#endif\n\nint d;\n",
+        "\n#ifdef __CUDACC__\nint a;\n#ifdef N\nint b;\n#else\nint c;\n#endif\n#else\n"
+        "#if M\nint e;\n#else\nint f;\n#endif\n#endif // nvcc\nint d;\n",
+        "\n#ifndef __CUDACC__\nint e;\n#else\nint a;\n#endif\n#ifdef N\nint b;\n#else\n"
+        "#ifdef __CUDACC__\nint c;\n#endif\n#endif\nint d;\n",
+    ):
+        assert hash_with(same) == expected
+    assert hash_with("\nint a;") != hash_with("\nint b;") != rung.source_hash
+    with pytest.raises(ValueError, match="#elif"):
+        hash_with("\n#ifdef __CUDACC__\n#elif N\n#endif\n")
+
+
 def test_launches_beyond_cuda_limits_are_refused_with_the_limit() -> None:
     seed = get_rung("k02")
     assert "1024" in seed.refuses(CONTRACT.with_(batch=1025))

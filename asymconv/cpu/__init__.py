@@ -3,12 +3,15 @@
 The same text that nvcc compiles is translated as little as g++ needs (`translate`), compiled to a
 shared library (`write_sources`, `commands`) and run (`Program`): one block at a time, every CUDA
 thread on a stack of its own, with barriers, warp shuffles, shared memory, cp.async, ldmatrix and
-mma.sync. wgmma and TMA are not there.
+mma.sync; and of Hopper mbarriers, named barriers, wgmma, bulk copies and stmatrix. Tensor maps and
+clusters are not there.
 
 - Shared memory holds NaN when a block begins. A barrier that not all threads reach, and every other
   fault, is an `EmulationError` that names kernel and block; the process and the library live on.
-- A traced library also finds accesses out of bounds and races in shared memory, and counts, line by
-  line, requests, sectors and wavefronts as a profiler would (`Program.counts`).
+- What is asynchronous happens as late as the program allows, so that a missing wait shows.
+- A traced library also finds accesses out of bounds, races in shared memory and missing fences
+  before asynchronous reads of it, and counts, line by line, requests, sectors and wavefronts as a
+  profiler would (`Program.counts`; shared memory as wgmma and bulk copies read it is not counted).
 """
 
 from asymconv.cpu.program import (

@@ -349,6 +349,29 @@ std::size_t accumulator_at(float* registers, int count, int line) {
   return free;
 }
 
+// --------------------------------------------------------------------- bulk copies to global memory
+
+// How many of a thread's groups, the oldest, a wait for all but `left` is for.
+std::size_t waited_groups(const Thread& thread, int left) {
+  const std::size_t all = thread.bulk_groups.size(), stay = static_cast<std::size_t>(left);
+  return all > stay ? all - stay : 0;
+}
+
+void read_bulk_stores(Thread& thread, std::size_t groups) {
+  const std::size_t count = groups ? thread.bulk_groups[groups - 1] : 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    BulkStore& store = thread.bulk_stores[i];
+    if (store.read) continue;
+    if constexpr (EMU_TRACED) trace::async_read(store.shared, store.bytes, thread, store.pc);
+    store.read = true;
+    store.data.assign(store.shared, store.shared + store.bytes);
+  }
+}
+
+void arrive_in_global(const BulkStore& store) {
+  std::memcpy(store.global, store.data.data(), static_cast<std::size_t>(store.bytes));
+}
+
 }  // namespace
 
 // ------------------------------------------------------------------------- what the header names
@@ -534,7 +557,7 @@ void bulk_store(void* global, unsigned shared, int bytes, int line) {
   check_alignment(shared % 16 == 0 && to % 16 == 0 && bytes % 16 == 0 && bytes >= 0, kWhat, 16,
                   line);
   const unsigned char* from = shared_memory(shared, static_cast<std::size_t>(bytes), kWhat, line);
-  const BulkStore store{global, from, bytes, line, __builtin_return_address(0)};
+  const BulkStore store{global, from, bytes, line, __builtin_return_address(0), false, {}};
   if constexpr (EMU_TRACED) trace::bulk_store_begins(store);
   self->bulk_stores.push_back(store);
 }
@@ -543,17 +566,17 @@ void bulk_commit() {
   self->bulk_groups.push_back(self->bulk_stores.size());
 }
 
+void bulk_wait_read(int groups_left) {
+  read_bulk_stores(*self, waited_groups(*self, groups_left));
+}
+
 void bulk_wait(int groups_left) {
   Thread& t = *self;
-  const std::size_t left = static_cast<std::size_t>(groups_left);
-  if (t.bulk_groups.size() <= left) return;
-  const std::size_t groups = t.bulk_groups.size() - left;
+  const std::size_t groups = waited_groups(t, groups_left);
+  if (groups == 0) return;
+  read_bulk_stores(t, groups);
   const std::size_t count = t.bulk_groups[groups - 1];
-  for (std::size_t i = 0; i < count; ++i) {
-    const BulkStore& store = t.bulk_stores[i];
-    if constexpr (EMU_TRACED) trace::async_read(store.shared, store.bytes, t, store.pc);
-    std::memcpy(store.global, store.shared, static_cast<std::size_t>(store.bytes));
-  }
+  for (std::size_t i = 0; i < count; ++i) arrive_in_global(t.bulk_stores[i]);
   t.bulk_stores.erase(t.bulk_stores.begin(),
                       t.bulk_stores.begin() + static_cast<std::ptrdiff_t>(count));
   t.bulk_groups.erase(t.bulk_groups.begin(),
@@ -585,17 +608,21 @@ void begin_barriers() {
   for (WarpgroupBarrier& barrier : block.warpgroups) barrier = WarpgroupBarrier{};
 }
 
-void check_nothing_under_way(const Thread& thread, bool last) {
+void end_asynchronous(const Thread& thread, bool last) {
   const uint3 t = thread.index;
   if (!thread.products.empty()) {
     fail("thread (%u, %u, %u) exits without having waited for its wgmma of line %d", t.x, t.y, t.z,
          thread.products.front().line);
   }
-  if (!thread.bulk_stores.empty()) {
+  for (const BulkStore& store : thread.bulk_stores) {
+    if (store.read) continue;
     fail("thread (%u, %u, %u) exits while its bulk copy of line %d reads shared memory", t.x, t.y,
-         t.z, thread.bulk_stores.front().line);
+         t.z, store.line);
   }
   if (!last) return;
+  for (int i = 0; i < block.size; ++i) {
+    for (const BulkStore& store : block.threads[i].bulk_stores) arrive_in_global(store);
+  }
   for (const MBarrier& barrier : block.mbarriers) {
     if (barrier.loads.empty()) continue;
     fail("the block ends while bulk copies to its shared memory are under way: nobody waited for "
@@ -610,7 +637,7 @@ void trace_reads_under_way(const Thread& thread) {
     for (const Product& product : thread.products) trace_operands(thread, product);
   }
   for (const BulkStore& store : thread.bulk_stores) {
-    trace::async_read(store.shared, store.bytes, thread, store.pc);
+    if (!store.read) trace::async_read(store.shared, store.bytes, thread, store.pc);
   }
 }
 #endif

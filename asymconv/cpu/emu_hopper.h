@@ -50,15 +50,14 @@ void wgmma_commit();
 void wgmma_wait(int groups_left, int line = __builtin_LINE());
 
 // cp.async.bulk, multiples of 16 bytes. To shared memory: arrives when somebody waits for the
-// barrier's phase. To global memory: when the thread waits for its group (.read: likewise).
+// barrier's phase. To global memory: is read when the thread waits for its group to have been read
+// (.wait_group.read), and arrives when it waits for the group, or when the block ends.
 void bulk_load(unsigned shared, const void* global, int bytes, unsigned barrier,
                int line = __builtin_LINE());
 void bulk_store(void* global, unsigned shared, int bytes, int line = __builtin_LINE());
 void bulk_commit();
+void bulk_wait_read(int groups_left = 0);
 void bulk_wait(int groups_left = 0);
-EMU_INLINE void bulk_wait_read(int groups_left = 0) {
-  bulk_wait(groups_left);
-}
 
 void load_wrapped(void* to, const void* from, int bytes);
 

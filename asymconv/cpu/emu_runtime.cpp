@@ -243,7 +243,7 @@ void run_thread(Thread* thread) {
   call.body(call.arguments);
   thread->exited = true;
   --block.alive;
-  check_nothing_under_way(*thread, block.alive == 0);
+  end_asynchronous(*thread, block.alive == 0);
   warp_lane_exited(thread);
 }
 

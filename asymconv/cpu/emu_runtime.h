@@ -78,6 +78,8 @@ struct BulkStore {
   const unsigned char* shared;
   int bytes, line;
   const void* pc;
+  bool read = false;  // then `data` is what was read
+  std::vector<unsigned char> data;
 };
 
 struct Thread {
@@ -86,14 +88,14 @@ struct Thread {
   Fiber* fiber = nullptr;  // where it stands while it waits
   bool exited = false;
   Wait wait;
-  std::vector<Copy> copies;             // cp.async, oldest first
-  std::vector<std::size_t> group_ends;  // sizes of `copies` at each commit
-  std::vector<Product> products;            // wgmma, and sizes at each commit
-  std::vector<std::size_t> product_groups;
-  std::vector<Accumulator> accumulators;
-  bool products_fenced = false;             // wgmma.fence was executed
-  std::vector<BulkStore> bulk_stores;       // to global memory, and sizes at each commit
-  std::vector<std::size_t> bulk_groups;
+  std::vector<Copy> copies;                 // cp.async, oldest first
+  std::vector<std::size_t> group_ends;      // sizes of `copies` at each commit
+  std::vector<Product> products;            // wgmma, oldest first
+  std::vector<std::size_t> product_groups;  // sizes of `products` at each commit
+  std::vector<Accumulator> accumulators;    // of these products
+  bool products_fenced = false;             // a wgmma.fence was executed
+  std::vector<BulkStore> bulk_stores;       // oldest first
+  std::vector<std::size_t> bulk_groups;     // sizes of `bulk_stores` at each commit
 };
 
 // A meeting of the lanes of one mask. Two tables of slots take turns: whoever is still reading the
@@ -189,10 +191,10 @@ struct Range {
 extern Range static_shared;  // the library's thread-local segment
 extern Range library;        // all it has mapped
 
-// emu_hopper.cpp: what a thread, a block begins with; what they may not leave behind.
+// emu_hopper.cpp: what a thread, a block begins with; what a thread may not leave behind.
 void begin_asynchronous(Thread& thread);
 void begin_barriers();
-void check_nothing_under_way(const Thread& thread, bool last_of_block);
+void end_asynchronous(const Thread& thread, bool last_of_block);
 // Notes again, for the tracer, what the thread's asynchronous operations may be reading.
 void trace_reads_under_way(const Thread& thread);
 // More about what a thread waits for, as snprintf.

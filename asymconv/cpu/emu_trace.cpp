@@ -407,8 +407,9 @@ void check_cell(std::size_t index, Op op, const Thread& thread, int site, bool a
   if (op != kAtomic && !ordered(cell.atomic, thread)) {
     report_race(cell.atomic, true, thread, op, site, index);
   }
-  if (async && !ordered_by_fence(cell.writer, thread)) {
-    report_race(cell.writer, true, thread, op, site, index, "fence.proxy.async and barrier");
+  for (const Toucher* before : {&cell.writer, &cell.atomic}) {
+    if (!async || ordered_by_fence(*before, thread)) continue;
+    report_race(*before, true, thread, op, site, index, "fence.proxy.async and barrier");
   }
   const unsigned stamp = clocks[thread.number][thread.number];
   const Toucher now{static_cast<short>(thread.number), async, stamp, site};

@@ -10,6 +10,7 @@ Why these flags:
   source is one access in the machine code, whatever the version of g++. With optimization, g++ 11
   and 12 hoist, join and drop different ones, flag by flag. Local variables and arrays whose address
   is not passed on are not instrumented, so they cost no calls.
+- The emulator's own sources are always built with the plain flags: they hold the matrix products.
 - Both: ``-fno-gnu-unique``, else two libraries would share the static variables of templates;
   ``-fstack-clash-protection``, so that a frame larger than a fiber's stack meets its guard page;
   ``-g1`` or ``-g`` for the lines.
