@@ -125,7 +125,7 @@ def ring(slots: int = 4, taps: int = 3, steps: int = 4) -> Figure:
             f"A ring of {slots} rows: {taps} are multiplied, one is filled, none is read twice",
             f"Shared memory while output rows 0 to {steps - 1} of a strip are made. "
             "A row stays where it was put until its last product is done.",
-            "kernel row: wgmma reads it for all taps of that row; filled: by the warps that convert",
+            "kernel row: wgmma reads it for all taps of that row; filled: by warps that convert",
         )
         left, wide, gap, high = 62.0, 118.0, 24.0, 26.0
         top = 16 + 30 * slots
