@@ -57,13 +57,13 @@ class Decision(NamedTuple):
         rung: the kernel; None is PyTorch's own convolution.
         reason: why, in a line.
         shape: the convolution's sizes where a rung runs it.
-        machine: whether another GPU would have a rung for this call; worth a warning.
+        machine: what this machine lacks, where another would have a rung for this call.
     """
 
     rung: Rung | None
     reason: str
     shape: ConvShape | None = None
-    machine: bool = False
+    machine: str | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,34 @@ def _not_for_rungs(facts: Facts, shape: ConvShape | None) -> str | None:
     return None
 
 
+def pairs_of(
+    weight_shape: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+    """Stride, padding, dilation as tuples; None for what only PyTorch understands, or refuses."""
+    if isinstance(stride, int):
+        stride = (stride, stride)
+    if isinstance(dilation, int):
+        dilation = (dilation, dilation)
+    if isinstance(padding, int):
+        padding = (padding, padding)
+    elif padding == "valid":
+        padding = (0, 0)
+    elif padding == "same":
+        if len(weight_shape) != 4 or len(dilation) != 2 or any(s != 1 for s in stride):
+            return None
+        height = dilation[0] * (weight_shape[2] - 1)
+        width = dilation[1] * (weight_shape[3] - 1)
+        if height % 2 or width % 2:  # more on one side: PyTorch pads a copy
+            return None
+        padding = (height // 2, width // 2)
+    elif isinstance(padding, str):
+        return None
+    return tuple(stride), tuple(padding), tuple(dilation)
+
+
 @functools.lru_cache(maxsize=4096)
 def decide(facts: Facts, forced: tuple[str, ...] | None = None) -> Decision:
     """What runs this call.
@@ -186,7 +214,7 @@ def decide(facts: Facts, forced: tuple[str, ...] | None = None) -> Decision:
         return Decision(None, reason)
     if forced is not None:
         return _first_that_can(facts, shape, forced)
-    reasons, elsewhere = [], False
+    reasons, machine = [], None
     for win in WINS:
         if win.tf32 != facts.tf32:
             continue
@@ -195,12 +223,36 @@ def decide(facts: Facts, forced: tuple[str, ...] | None = None) -> Decision:
             reasons.append(f"{win.rung}: {reason}")
         elif win.capability != facts.capability:
             measured, own = (f"sm_{a}{b}" for a, b in (win.capability, facts.capability))
-            reasons.append(f"{win.rung} was measured on {measured}, this GPU is {own}")
-            elsewhere = True
+            machine = f"{win.rung} was measured on {measured}, this GPU is {own}"
+            reasons.append(machine)
         else:
             allowed = "allowed" if facts.tf32 else "forbidden"
             return Decision(rung, f"{rung.idea}; faster here with TF32 {allowed}", shape)
-    return Decision(None, "; ".join(reasons), machine=elsewhere)
+    return Decision(None, "; ".join(reasons), machine=machine)
+
+
+@functools.lru_cache(maxsize=4096)
+def hopeless(
+    input_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    stride: int | Pair,
+    padding: int | Pair | str,
+    dilation: int | Pair,
+    groups: int,
+) -> bool:
+    """Whether a call of these sizes wins under no flags, in no layout, on no GPU.
+
+    It is what `decide` would say, asked first: most layers of a network get their answer by this
+    one look-up, which costs a microsecond.
+    """
+    pairs = pairs_of(weight_shape, stride, padding, dilation)
+    if pairs is None:
+        return True
+    sizes = (input_shape, weight_shape, None, *pairs, groups)
+    return not any(
+        decide(Facts("cuda", win.capability, torch.float32, "NCHW", win.tf32, *sizes)).rung
+        for win in WINS
+    )
 
 
 def _first_that_can(facts: Facts, shape: ConvShape, numbers: Sequence[str]) -> Decision:

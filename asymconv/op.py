@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from asymconv import build
-from asymconv.dispatch import Decision, decide, facts_of, forced, may_win
+from asymconv.dispatch import Decision, decide, facts_of, forced, hopeless, may_win, pairs_of
 from asymconv.kernels import Rung
 
 SCHEMA = (
@@ -67,8 +67,8 @@ def _kernel(rung: Rung, device: torch.device) -> build.Kernel | str:
 def _built(decision: Decision, device: torch.device) -> build.Kernel | str:
     """A decision's kernel, or why PyTorch's own runs; warns where the machine is the reason."""
     if decision.rung is None:
-        if decision.machine:
-            _warn_once(decision.reason)
+        if decision.machine is not None:
+            _warn_once(decision.machine)
         return decision.reason
     found = _kernel(decision.rung, device)
     if isinstance(found, str):
@@ -166,34 +166,6 @@ def _only_pytorch(x: torch.Tensor, arguments: Sequence[object]) -> str | None:
     return None
 
 
-def _pairs(
-    weight: torch.Tensor,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int] | str,
-    dilation: int | Sequence[int],
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
-    """Stride, padding, dilation as tuples; None for what only PyTorch understands, or refuses."""
-    if isinstance(stride, int):
-        stride = (stride, stride)
-    if isinstance(dilation, int):
-        dilation = (dilation, dilation)
-    if isinstance(padding, int):
-        padding = (padding, padding)
-    elif padding == "valid":
-        padding = (0, 0)
-    elif padding == "same":
-        if weight.dim() != 4 or len(dilation) != 2 or any(s != 1 for s in stride):
-            return None
-        height = dilation[0] * (weight.shape[2] - 1)
-        width = dilation[1] * (weight.shape[3] - 1)
-        if height % 2 or width % 2:  # more on one side: PyTorch pads a copy
-            return None
-        padding = (height // 2, width // 2)
-    elif isinstance(padding, str):
-        return None
-    return tuple(stride), tuple(padding), tuple(dilation)
-
-
 def decide_call(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -208,11 +180,11 @@ def decide_call(
         type(x) in _PLAIN and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     ):
         return Decision(None, "not plain tensors"), None
-    pairs = _pairs(weight, stride, padding, dilation)
+    pairs = pairs_of(weight.shape, stride, padding, dilation)
     if pairs is None:
         return Decision(None, f"padding {padding!r} that needs a copy, or is refused"), None
     decision = decide(facts_of(x, weight, bias, *pairs, groups), forced())
-    if decision.rung is not None or decision.machine:
+    if decision.rung is not None or decision.machine is not None:
         if reason := _only_pytorch(x, [*pairs[0], *pairs[1], *pairs[2], groups]):
             return Decision(None, reason), pairs
         kernel = _built(decision, x.device)
@@ -238,8 +210,12 @@ def conv2d(
     Raises:
         What torch.nn.functional.conv2d raises for the same arguments.
     """
+    if list in (type(stride), type(padding), type(dilation)):  # look-ups want tuples
+        stride, padding, dilation = (
+            tuple(v) if type(v) is list else v for v in (stride, padding, dilation)
+        )
     if torch.compiler.is_compiling():
-        pairs = _pairs(weight, stride, padding, dilation)
+        pairs = pairs_of(weight.shape, stride, padding, dilation)
         if (
             pairs is not None
             and not torch.onnx.is_in_onnx_export()  # a standard file holds standard operators
@@ -247,7 +223,12 @@ def conv2d(
             and may_win(x, weight, *pairs, groups)
         ):
             return torch.ops.asymconv.conv2d(x, weight, bias, *pairs, groups)
-    elif isinstance(x, torch.Tensor) and (x.is_cuda or forced()):
+    elif (
+        type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and (x.is_cuda or forced())
+        and (forced() or not hopeless(x.shape, weight.shape, stride, padding, dilation, groups))
+    ):
         decision, pairs = decide_call(x, weight, bias, stride, padding, dilation, groups)
         if decision.rung is not None:
             return torch.ops.asymconv.conv2d(x, weight, bias, *pairs, groups)

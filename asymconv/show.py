@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from IPython.display import SVG, Markdown
 from matplotlib.figure import Figure
 
-from asymconv import build, cpu, plots, profiler, record
+from asymconv import build, comparison, cpu, plots, profiler, record, tables
 from asymconv.check import check, random_data
 from asymconv.kernels import Rung
 from asymconv.problem import ConvShape
@@ -281,3 +281,36 @@ def halo(rung: Rung, tiles: Sequence[tuple[int, int]], shape: ConvShape) -> Mark
         "wavefronts to read the tile",
     )
     return table(headers, rows)
+
+
+def layers() -> Markdown:
+    """The record of `asymconv layers` as a table, or that it was not taken yet."""
+    try:
+        of = comparison.load_layers()
+    except FileNotFoundError as error:
+        return Markdown(f"*Not measured yet: {error.args[0].split(': ', 1)[1]}*")
+    made_on = f"*Medians on {of.made['gpu']}, torch {of.made['torch']}, {of.made['date']}.*"
+    rows = table(tables.LAYER_HEADERS, tables.layer_rows(of))
+    return Markdown(f"{rows.data}\n\n{made_on}")
+
+
+def calls() -> Markdown:
+    """Host time of calls on tiny layers, from the same record, or that it was not taken yet."""
+    try:
+        of = comparison.load_layers()
+    except FileNotFoundError as error:
+        return Markdown(f"*Not measured yet: {error.args[0].split(': ', 1)[1]}*")
+    rows = [(o.what, f"{o.theirs:.1f}", f"{o.ours:.1f}") for o in of.overheads]
+    return table(("µs a call", comparison.THEIRS, comparison.OURS), rows)
+
+
+def network(of: comparison.Network | None = None) -> Markdown:
+    """A network before and after `convert`: this one, or the record of `asymconv network`."""
+    if of is None:
+        try:
+            of = comparison.load_network()
+        except FileNotFoundError as error:
+            return Markdown(f"*Not measured yet: {error.args[0].split(': ', 1)[1]}*")
+    rows = table(tables.NETWORK_HEADERS, tables.network_rows(of))
+    where = f"*{of.made['gpu']}, {of.made['date']}.*" if of.made else ""
+    return Markdown(f"{rows.data}\n\n{where}".strip())
