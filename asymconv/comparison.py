@@ -202,9 +202,9 @@ def _layer_pair(shape: ConvShape, weight: torch.Tensor) -> dict[str, nn.Conv2d]:
     return pair
 
 
-def _candidates(shape: ConvShape, tf32: bool, chosen: Rung | None) -> Iterator[Rung]:
+def _candidates(shape: ConvShape, tf32: bool, chosen: Rung | None, device: str) -> Iterator[Rung]:
     """Rungs beside the chosen one that might be faster than nn.Conv2d: 3×3, one group."""
-    if shape.kernel != (3, 3) or shape.groups > 1:
+    if shape.kernel != (3, 3) or shape.groups > 1 or device != "cuda":
         return
     capability = torch.cuda.get_device_capability()
     for rung in map(get_rung, ("k05", "k06", "k07")):
@@ -213,8 +213,8 @@ def _candidates(shape: ConvShape, tf32: bool, chosen: Rung | None) -> Iterator[R
             yield rung
 
 
-def compare_layer(layer: RealLayer, batch: int) -> list[Row]:
-    """Compare and time one layer on the current GPU: forward, and forward with backward.
+def compare_layer(layer: RealLayer, batch: int, device: str = "cuda") -> list[Row]:
+    """Compare and time one layer: forward, and forward with backward.
 
     Raises:
         AssertionError: a result is wrong.
@@ -223,25 +223,25 @@ def compare_layer(layer: RealLayer, batch: int) -> list[Row]:
     precision: Precision = "tf32" if layer.tf32 else "fp32"
     allowed = 2 * tolerance(precision, shape.terms).norm  # both may be off
     where = f"{layer.network}, {shape}"
-    x, weight, _ = random_data(shape, "cuda")
+    x, weight, _ = random_data(shape, device)
     pair = _layer_pair(shape, weight)
     with convolution_flags(precision):
         decision, _ = op.decide_call(x, weight, None, *shape.conv_args().values())
         if decision.rung is not None:  # against float64, and exact on integers
-            check(_Dispatched(precision), shape.with_(batch=1), "cuda")
+            check(_Dispatched(precision), shape.with_(batch=1), device)
         rows = []
         for training in (False, True):
             x.requires_grad_(training and shape.in_channels > IMAGE_CHANNELS)
             if training:
-                grad = torch.randn(shape.output_shape, device="cuda")
+                grad = torch.randn(shape.output_shape, device=device)
                 calls = {n: functools.partial(_step, m, x, grad) for n, m in pair.items()}
             else:
                 calls = {n: functools.partial(_forward, m, x) for n, m in pair.items()}
             results = {name: call() for name, call in calls.items()}
             error = _agree(results[OURS], results[THEIRS], allowed, where)
             if not training:
-                for rung in _candidates(shape, layer.tf32, decision.rung):
-                    kernel = build.load(rung, "cuda")
+                for rung in _candidates(shape, layer.tf32, decision.rung, device):
+                    kernel = build.load(rung, device)
                     run = functools.partial(kernel, x, weight, None, shape)
                     _agree([run()], results[THEIRS], allowed, f"{rung.number}, {where}")
                     calls[rung.number] = run
