@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TypeVar
 
 import torch
@@ -25,17 +24,17 @@ class Conv2d(nn.Conv2d):
     Shapes: input (N, C, H, W) or (C, H, W), output (N, K, OH, OW) or (K, OH, OW).
     """
 
-    def _conv_forward(
-        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        input, padding = _padded(self, input)
-        return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Convolve input (N, C, H, W) or (C, H, W)."""
+        if torch.jit.is_scripting():  # TorchScript compiles PyTorch's own
+            return self._conv_forward(input, self.weight, self.bias)
+        else:
+            return _forward(self, input)
 
-    def __prepare_scriptable__(self) -> nn.Conv2d:
-        """What torch.jit.script takes in its place: PyTorch's own layer, same parameters."""
-        plain = copy.copy(self)
-        plain.__class__ = nn.Conv2d
-        return plain
+
+def _forward(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    x, padding = _padded(layer, x)
+    return conv2d(x, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
 
 
 def _padded(layer: nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int] | str]:
@@ -76,6 +75,7 @@ def explain(x: torch.Tensor, layer: nn.Module) -> str:
 
     Raises:
         TypeError: no such layer.
+        What the layer raises, where its padding mode does not take the input.
     """
     layer = getattr(layer, "conv2d", layer)
     if not isinstance(layer, nn.Conv2d):

@@ -179,7 +179,7 @@ def decide_call(
     if not (
         type(x) in _PLAIN and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     ):
-        return Decision(None, "not plain tensors"), None
+        return Decision(None, "a subclass of torch.Tensor, or no tensor"), None
     pairs = pairs_of(weight.shape, stride, padding, dilation)
     if pairs is None:
         return Decision(None, f"padding {padding!r} that needs a copy, or is refused"), None

@@ -30,4 +30,5 @@ def flags():
     cudnn = torch.backends.cudnn
     before = cudnn.conv.fp32_precision, cudnn.benchmark
     yield
+    cudnn.allow_tf32 = True  # the legacy setting cannot be read where the new ones differ from it
     cudnn.conv.fp32_precision, cudnn.benchmark = before

@@ -145,7 +145,7 @@ def step(layer: nn.Conv2d, x: torch.Tensor) -> list[torch.Tensor]:
     x = x.detach().requires_grad_()
     y = layer(x)
     generator = torch.Generator(y.device).manual_seed(1)
-    grad = torch.empty_like(y).normal_(generator=generator)
+    grad = torch.empty(y.shape, dtype=y.dtype, device=y.device).normal_(generator=generator)
     return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], grad)]
 
 
@@ -166,8 +166,9 @@ def test_both_do_the_same(strict, device: str, forced: bool, arguments: dict, in
     x = make_input(theirs, device, **inputs)
     wanted = outcome(lambda: step(theirs, x))
     with dispatch.always() if forced else contextlib.nullcontext():
-        assert "\n" not in explain(x, ours)
         got = outcome(lambda: step(ours, x))
+        if not isinstance(wanted, type):
+            assert "\n" not in explain(x, ours)
     if isinstance(wanted, type):
         assert got is wanted
         return
@@ -207,7 +208,7 @@ def test_functional_takes_what_f_conv2d_takes(by_k05: None, device: str, used: l
     assert len(used) == 4
 
 
-# --- gradients -----------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -270,12 +271,20 @@ def test_opcheck(strict: None, device: str, rung: str | None, used: list[str]) -
     torch.library.opcheck(OPERATOR.default, grouped)
 
 
+def on_cuda(module: nn.Module) -> nn.Module:
+    """A module with fake CUDA parameters: `.to` and gradients would want a CUDA build of torch."""
+    for layer in module.modules():
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            fake = torch.empty(parameter.shape, device="cuda")
+            setattr(layer, name, nn.Parameter(fake, requires_grad=False))
+    return module
+
+
 def test_on_meta_and_fake_tensors() -> None:
     x, weight = torch.rand(2, 4, 6, 12, device="meta"), torch.rand(6, 4, 3, 3, device="meta")
     assert OPERATOR(x, weight).shape == (2, 6, 4, 10)
-    with FakeTensorMode():
-        layer = Conv2d(64, 128, 3, device="cuda")
-        y = layer(torch.empty(CONTRACT.input_shape, device="cuda"))
+    with FakeTensorMode(), torch.no_grad():
+        y = on_cuda(Conv2d(64, 128, 3))(torch.empty(CONTRACT.input_shape, device="cuda"))
     assert tuple(y.shape) == CONTRACT.output_shape
     with pytest.raises(RuntimeError):
         OPERATOR(x, weight[:, :3])
@@ -296,6 +305,7 @@ def test_compiled_whole_forward_and_backward(by_k05: None, device: str, used: li
 
 def test_compiled_for_any_size(by_k05: None) -> None:
     """No size is specialized: mark_dynamic raises if one is."""
+    torch._dynamo.reset()
     _, ours = pair(**SERVED)
     x = torch.rand(2, 4, 8, 16)
     for axis in (0, 2, 3):
@@ -341,8 +351,9 @@ def exported(
 ) -> str:
     """The graph that an H100 would export, from tensors that are not there."""
     monkeypatch.setattr(dispatch, "_capability", lambda index: (9, 0))
-    with FakeTensorMode():
-        program = torch.export.export(layer(), (torch.empty(size, device="cuda"),), **kw)
+    with FakeTensorMode(), torch.no_grad():
+        x = torch.empty(size, device="cuda")
+        program = torch.export.export(on_cuda(layer()), (x,), **kw)
     return str(program.graph)
 
 
@@ -351,7 +362,7 @@ def test_what_goes_into_a_graph_on_an_h100(monkeypatch: pytest.MonkeyPatch) -> N
 
     def graph(size: tuple[int, ...] = wide, cls: type = Conv2d, **changes: object) -> str:
         arguments = dict(in_channels=64, out_channels=128, kernel_size=3) | changes
-        return exported(monkeypatch, lambda: cls(**arguments).to("cuda"), size)
+        return exported(monkeypatch, lambda: cls(**arguments), size)
 
     assert "asymconv.conv2d" in graph()
     assert "asymconv.conv2d" in graph(cls=ModelNew)
@@ -368,8 +379,8 @@ def test_what_goes_into_a_graph_on_an_h100(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_older_gpu_keeps_pytorchs_own_in_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_capability", lambda index: (8, 0))
-    with FakeTensorMode():
-        layer = Conv2d(64, 128, 3, device="cuda")
+    with FakeTensorMode(), torch.no_grad():
+        layer = on_cuda(Conv2d(64, 128, 3))
         x = torch.empty(CONTRACT.input_shape, device="cuda")
         program = torch.export.export(layer, (x,))
     assert "asymconv" not in str(program.graph)
@@ -407,7 +418,7 @@ def test_autocast(by_k05: None, device: str, used: list[str]) -> None:
     theirs, ours = pair(device, **SERVED)
     x = torch.rand(2, 4, 8, 16, device=device, requires_grad=True)
     with torch.autocast(device, dtype=torch.bfloat16):
-        for y in (ours(x), OPERATOR(x, ours.weight, ours.bias, 1, 1)):
+        for y in (ours(x), OPERATOR(x, ours.weight, ours.bias, [1, 1], [1, 1])):
             assert y.dtype == torch.bfloat16
             assert torch.equal(y, theirs(x))
     assert not used
@@ -449,7 +460,7 @@ def test_torchscript_takes_pytorchs_own_layer(by_k05: None) -> None:
     assert type(network[0]) is Conv2d
 
 
-# --- convert -------------------------------------------------------------------------------------
+# --- convert --------------------------------------------------------------------------------------
 
 
 class Residual(nn.Module):
@@ -494,7 +505,7 @@ def test_convert_changes_the_layers_and_nothing_else() -> None:
             torch.manual_seed(1)
             outputs.append(model.train(mode)(x))
         assert torch.equal(*outputs)
-    assert calls.count("before") == calls.count("after") == 2
+    assert calls.count("before") == calls.count("after") == 4, "the copy's hooks count too"
     assert list(before.state_dict()) == list(state)
     before.load_state_dict(network.state_dict())
     network.load_state_dict(before.state_dict())
@@ -550,7 +561,7 @@ def test_state_dicts_of_the_reference_and_the_layer_go_both_ways() -> None:
     assert torch.equal(converted(x), ours(x))
 
 
-# --- explain -------------------------------------------------------------------------------------
+# --- explain --------------------------------------------------------------------------------------
 
 
 def test_explain_on_a_cpu(strict: None) -> None:
@@ -568,7 +579,7 @@ def test_explain_on_a_cpu(strict: None) -> None:
         explain(x, nn.Linear(3, 3))
 
 
-# --- first use, missing tools, other GPUs ----------------------------------------------------------
+# --- first use, missing tools, other GPUs ---------------------------------------------------------
 
 
 @pytest.fixture
@@ -580,24 +591,23 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(op, "_warned", set())
 
 
-def first_calls(count: int) -> list[object]:
-    """Calls of one layer from so many threads at once: outputs, or exceptions."""
+def first_calls(count: int) -> list[torch.Tensor]:
+    """Calls of one layer from so many threads at once: their outputs."""
     theirs, ours = pair(**SERVED)
-    x, wanted = torch.rand(2, 4, 8, 16), []
+    x = torch.rand(2, 4, 8, 16)
     barrier, results = threading.Barrier(count), []
 
     def call() -> None:
         barrier.wait()
-        results.append(outcome(lambda: ours(x)))
+        results.append(ours(x))
 
     threads = [threading.Thread(target=call) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    wanted = theirs(x)
     for result in results:
-        close(result, wanted)
+        close(result, theirs(x))
     return results
 
 
@@ -643,7 +653,7 @@ def test_without_a_compiler_one_warning_from_many_threads(
     monkeypatch.setattr(build, "cxx_compiler", none)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        first_calls(4)
+        assert len(first_calls(4)) == 4
         explained = explain(torch.rand(1, 4, 8, 16), Conv2d(**SERVED))
     assert [str(w.message) for w in caught] == [
         "asymconv falls back to PyTorch's convolution: no C++ compiler: 'g++' is not on PATH"
@@ -680,7 +690,7 @@ def test_import_builds_nothing_and_is_quick() -> None:
     assert float(done.stdout) <= 1.0
 
 
-# --- on a GPU --------------------------------------------------------------------------------------
+# --- on a GPU -------------------------------------------------------------------------------------
 
 
 def wide(device: str = "cuda", bias: bool = True) -> tuple[nn.Conv2d, Conv2d, torch.Tensor]:
