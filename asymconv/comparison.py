@@ -279,8 +279,10 @@ def _time(
     return quick | times
 
 
-def measure_first_use(rungs: Sequence[Rung]) -> dict[str, tuple[float, float]]:
-    """Seconds to build each rung for the current GPU in an empty cache, and to load it from there.
+def measure_first_use(
+    rungs: Sequence[Rung], backend: build.Backend = "cuda"
+) -> dict[str, tuple[float, float]]:
+    """Seconds to build each rung in an empty cache, and to load it from there.
 
     Rungs that this process has loaded already are loaded anew.
     """
@@ -294,7 +296,7 @@ def measure_first_use(rungs: Sequence[Rung]) -> dict[str, tuple[float, float]]:
                 for _ in range(2):
                     build.forget(rung)
                     start = time.perf_counter()
-                    build.load(rung, "cuda")
+                    build.load(rung, backend)
                     took.append(round(time.perf_counter() - start, 4))
                 seconds[rung.number] = (took[0], took[1])
         finally:
@@ -305,13 +307,21 @@ def measure_first_use(rungs: Sequence[Rung]) -> dict[str, tuple[float, float]]:
     return seconds
 
 
-def measure_overheads(device: str = "cuda", calls: int = 200, turns: int = 15) -> list[Overhead]:
-    """Host time of calls on layers too small to matter, nn.Conv2d and asymconv.Conv2d in turns."""
-    cases = {
-        "1×1, never a rung's": (ConvShape(1, 1, 4, 4, 1, 1), False),
-        "3×3, too small for a rung": (ConvShape(1, 64, 4, 4, 64, 3, padding=1), False),
-        "3×3, a rung forced": (ConvShape(1, 64, 4, 4, 64, 3, padding=1), True),
-    }
+OVERHEADS: Mapping[str, tuple[ConvShape, bool]] = {
+    "1×1, never a rung's": (ConvShape(1, 1, 4, 4, 1, 1), False),
+    "3×3, too small for a rung": (ConvShape(1, 64, 4, 4, 64, 3, padding=1), False),
+    "3×3, a rung forced": (ConvShape(1, 64, 4, 4, 64, 3, padding=1), True),
+}
+"""Layers too small to matter, and whether `dispatch.always` is on."""
+
+
+def measure_overheads(
+    device: str = "cuda",
+    cases: Mapping[str, tuple[ConvShape, bool]] = OVERHEADS,
+    calls: int = 200,
+    turns: int = 15,
+) -> list[Overhead]:
+    """Host time of calls, nn.Conv2d and asymconv.Conv2d in turns."""
     found = []
     for what, (shape, force) in cases.items():
         x, weight, _ = random_data(shape, device)
@@ -525,7 +535,7 @@ def notebook_network() -> Callable[[], nn.Module]:
 
     (path,) = study.notebooks(["09"])
     cells = nbformat.read(path, as_version=4).cells
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"torch": torch}  # imported by a cell before
     for cell in cells:
         if "network" in cell.metadata.get("tags", ()):
             exec(compile(cell.source, str(path), "exec"), names)

@@ -219,7 +219,7 @@ def decide(facts: Facts, forced: tuple[str, ...] | None = None) -> Decision:
         if win.tf32 != facts.tf32:
             continue
         rung = get_rung(win.rung)
-        if reason := rung.refuses(shape) or win.misses(shape):
+        if reason := win.misses(shape) or rung.refuses(shape):
             reasons.append(f"{win.rung}: {reason}")
         elif win.capability != facts.capability:
             measured, own = (f"sm_{a}{b}" for a, b in (win.capability, facts.capability))

@@ -21,9 +21,9 @@ from asymconv.kernels import Rung
 from asymconv.problem import ConvShape
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Markdown:
-    """A Markdown table; the first column is text, the others are numbers, right-aligned."""
-    lines = [list(headers), [":--"] + ["--:"] * (len(headers) - 1)]
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1) -> Markdown:
+    """A Markdown table; the first columns are texts, the others are numbers, right-aligned."""
+    lines = [list(headers), [":--"] * texts + ["--:"] * (len(headers) - texts)]
     lines += [[str(cell) for cell in row] for row in rows]
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
@@ -336,4 +336,4 @@ def decisions(capability: tuple[int, int], *layers: tuple[ConvShape, str, bool])
         runs = decision.rung.number if decision.rung else "PyTorch's"
         flags = "allowed" if tf32 else "forbidden"
         rows.append((f"{shape}, {layout}, TF32 {flags}", runs, decision.reason))
-    return table(("layer", "runs", "because"), rows)
+    return table(("layer", "runs", "because"), rows, texts=3)

@@ -52,7 +52,7 @@ CASES = {
     "few pixels": (facts(CONTRACT.with_(batch=1, height=66, width=130)), None, "output pixels"),
     "narrow": (facts(CONTRACT.with_(width=140)), None, "columns fill its strips"),
     "an image's channels": (facts(CONTRACT.with_(in_channels=3)), None, "3 input channels"),
-    "many channels": (facts(CONTRACT.with_(in_channels=128)), None, "64 channels"),
+    "many channels": (facts(CONTRACT.with_(in_channels=128)), None, "128 input channels"),
     "few filters": (facts(CONTRACT.with_(out_channels=19)), None, "19 output channels"),
     "1×1": (facts(CONTRACT.with_(kernel=(1, 1))), None, "3×3"),
     "stride": (facts(CONTRACT.with_(stride=(2, 2))), None, "stride"),

@@ -48,20 +48,6 @@ def by_k05(strict: None) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The rungs that were called, by number."""
-    numbers: list[str] = []
-    call = build.Kernel.__call__
-
-    def spy(self: build.Kernel, *args: object, **kwargs: object) -> torch.Tensor:
-        numbers.append(self.rung.number)
-        return call(self, *args, **kwargs)
-
-    monkeypatch.setattr(build.Kernel, "__call__", spy)
-    return numbers
-
-
 def pair(device: str = "cpu", **arguments: object) -> tuple[nn.Conv2d, Conv2d]:
     """nn.Conv2d and Conv2d, drawn from the same seed."""
     layers = []
