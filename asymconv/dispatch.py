@@ -24,7 +24,8 @@ class Facts(NamedTuple):
     """What a decision is made from.
 
     Attributes:
-        device: "cuda", "cpu", ..., or "several" where the tensors are not all on one.
+        device: "cuda", "hip" for AMD's (which PyTorch calls cuda too), "cpu", ..., or "several"
+            where the tensors are not all on one.
         capability: the GPU's compute capability; None elsewhere.
         dtype: of input, weight and bias; None where they differ.
         layout: "NCHW" if all are contiguous, "channels_last", "strided", or PyTorch's name.
@@ -303,9 +304,10 @@ def always(*numbers: str) -> Iterator[None]:
 def tf32_allowed() -> bool:
     """Whether PyTorch's flags let a float32 convolution round its operands to TF32.
 
-    Reads the new setting: reading ``cudnn.allow_tf32`` can raise once the new one was used.
+    Reads the new setting: reading ``cudnn.allow_tf32`` can raise once the new one was used. They
+    are cuDNN's: where that is switched off, PyTorch's other convolutions compute in fp32.
     """
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.enabled and torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)
@@ -341,11 +343,12 @@ def facts_of(
 ) -> Facts:
     """The facts of a call under PyTorch's present flags. Reads no tensor's values."""
     device, dtype = x.device, x.dtype
+    kind = "hip" if device.type == "cuda" and torch.version.hip else device.type
     one_device = weight.device == device and (bias is None or bias.device == device)
     one_dtype = weight.dtype == dtype and (bias is None or bias.dtype == dtype)
     return Facts(
-        device.type if one_device else "several",
-        capability_of(device.index) if device.type == "cuda" else None,
+        kind if one_device else "several",
+        capability_of(device.index) if kind == "cuda" else None,
         dtype if one_dtype else None,
         _layout(x, weight, bias),
         tf32_allowed(),
@@ -379,7 +382,7 @@ def may_win(
         return False
     if _forced is not None:
         return x.is_cuda or x.device.type == "cpu"
-    if not x.is_cuda or groups != 1:
+    if not x.is_cuda or torch.version.hip or groups != 1:
         return False
     capability = capability_of(x.device.index)
     n, channels, h, w = x.shape

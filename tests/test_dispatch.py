@@ -122,6 +122,9 @@ def test_flags_decide_the_class_of_rounding() -> None:
     assert dispatch.tf32_allowed()
     torch.backends.cudnn.allow_tf32 = False
     assert not dispatch.tf32_allowed()
+    torch.backends.cudnn.allow_tf32 = True
+    with torch.backends.cudnn.flags(enabled=False):
+        assert not dispatch.tf32_allowed(), "what runs without cuDNN does not round"
 
 
 def test_facts_of_tensors() -> None:
