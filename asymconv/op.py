@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from asymconv import build
 from asymconv.dispatch import Decision, decide, facts_of, forced, hopeless, may_win, pairs_of
@@ -146,6 +147,11 @@ def _pytorch(*args, **kwargs):
 # autocast casts as PyTorch's does, vmap has PyTorch's rule
 for _key in ("AutocastCPU", "AutocastCUDA", "FuncTorchBatched"):
     _library.impl("conv2d", _pytorch, _key)
+
+
+@register_flop_formula(torch.ops.asymconv.conv2d)
+def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return conv_flop_count(x_shape, weight_shape, out_shape)
 
 
 # --- what users call -----------------------------------------------------------------------------

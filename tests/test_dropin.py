@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, parametrize, spectral_norm
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from asymconv import Conv2d, Model, ModelNew, build, convert, dispatch, explain, op
 from asymconv.check import tolerance
@@ -444,6 +446,30 @@ def test_torchscript_takes_pytorchs_own_layer(by_k05: None) -> None:
         assert "asymconv::" not in str(script.inlined_graph)
         close(script(x), network(x), 100)
     assert type(network[0]) is Conv2d
+
+
+def test_tools_that_look_inside(by_k05: None, used: list[str], tmp_path) -> None:
+    """Counting operations, checkpointing, torch.fx, a saved export, vmap in a compiled function."""
+    theirs, ours = pair(**SERVED)
+    x = torch.rand(2, 4, 8, 16, requires_grad=True)
+    counts = []
+    for layer in (theirs, ours):
+        with FlopCounterMode(display=False) as counter:
+            layer(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    for reentrant in (False, True):
+        checkpoint(ours, x, use_reentrant=reentrant).sum().backward()
+    assert used == ["k05"] * 5, "a checkpoint calls twice"
+    close(torch.fx.symbolic_trace(nn.Sequential(ours))(x), theirs(x))
+    program = torch.export.export(ours, (x.detach(),))
+    torch.export.save(program, tmp_path / "layer.pt2")
+    used.clear()
+    close(torch.export.load(tmp_path / "layer.pt2").module()(x), theirs(x))
+    assert used == ["k05"]
+    many = torch.compile(lambda xs: torch.vmap(lambda x: ours(x))(xs), fullgraph=True)
+    xs = torch.rand(3, 2, 4, 8, 16)
+    close(many(xs), torch.vmap(theirs)(xs))
 
 
 # --- convert --------------------------------------------------------------------------------------
