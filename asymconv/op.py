@@ -42,10 +42,12 @@ _warned: set[str] = set()
 
 
 def _warn_once(reason: str) -> None:
-    if reason not in _warned:
+    with _first_use:
+        if reason in _warned:
+            return
         _warned.add(reason)
-        message = f"asymconv falls back to PyTorch's convolution: {reason}"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    message = f"asymconv falls back to PyTorch's convolution: {reason}"
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _kernel(rung: Rung, device: torch.device) -> build.Kernel | str:
