@@ -517,6 +517,12 @@ def load(
     return _loaded.setdefault(key, Kernel(rung, backend, key, final / "kernel.so", defines))
 
 
+def forget(rung: Rung) -> None:
+    """Drop this process's loaded kernels of a rung, so that the next `load` goes to the cache."""
+    for key in [key for key, kernel in _loaded.items() if kernel.rung is rung]:
+        del _loaded[key]
+
+
 def _build_only(name: str, defines: Mapping[str, int]) -> None:
     from asymconv.kernels import get_rung
 

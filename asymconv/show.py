@@ -9,19 +9,21 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import torch
 from IPython.display import SVG, Markdown
 from matplotlib.figure import Figure
 
-from asymconv import build, cpu, plots, profiler, record
+from asymconv import build, comparison, cpu, dispatch, plots, profiler, record, tables
 from asymconv.check import check, random_data
 from asymconv.kernels import Rung
 from asymconv.problem import ConvShape
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Markdown:
-    """A Markdown table; the first column is text, the others are numbers, right-aligned."""
-    lines = [list(headers), [":--"] + ["--:"] * (len(headers) - 1)]
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1) -> Markdown:
+    """A Markdown table; the first columns are texts, the others are numbers, right-aligned."""
+    lines = [list(headers), [":--"] * texts + ["--:"] * (len(headers) - texts)]
     lines += [[str(cell) for cell in row] for row in rows]
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
@@ -281,3 +283,57 @@ def halo(rung: Rung, tiles: Sequence[tuple[int, int]], shape: ConvShape) -> Mark
         "wavefronts to read the tile",
     )
     return table(headers, rows)
+
+
+def layers(path: Path = comparison.LAYERS_RECORD) -> Markdown:
+    """The record of `asymconv layers` as a table, or that it was not taken yet."""
+    if not path.exists():
+        return _not_taken("layers")
+    of = comparison.load_layers(path)
+    made_on = f"*Medians on {of.made['gpu']}, torch {of.made['torch']}, {of.made['date']}.*"
+    rows = table(tables.LAYER_HEADERS, tables.layer_rows(of))
+    return Markdown(f"{rows.data}\n\n{made_on}")
+
+
+def calls(path: Path = comparison.LAYERS_RECORD) -> Markdown:
+    """Host time of calls on tiny layers, from the same record, or that it was not taken yet."""
+    if not path.exists():
+        return _not_taken("layers")
+    overheads = comparison.load_layers(path).overheads
+    rows = [(o.what, f"{o.theirs:.1f}", f"{o.ours:.1f}") for o in overheads]
+    return table(("µs a call", comparison.THEIRS, comparison.OURS), rows)
+
+
+def network(path: Path = comparison.NETWORK_RECORD) -> Markdown:
+    """The record of `asymconv network` as a table, or that it was not taken yet."""
+    if not path.exists():
+        return _not_taken("network")
+    of = comparison.load_network(path)
+    shape = "×".join(str(size) for size in of.input_shape)
+    rows = table(tables.NETWORK_HEADERS, tables.network_rows(of))
+    return Markdown(f"{rows.data}\n\n*{shape}, {of.made['gpu']}, {of.made['date']}.*")
+
+
+def _not_taken(command: str) -> Markdown:
+    return Markdown(f"*Not measured yet: `asymconv {command} --record` does it on a GPU.*")
+
+
+def decisions(capability: tuple[int, int], *layers: tuple[ConvShape, str, bool]) -> Markdown:
+    """What would run float32 layers on a GPU of this capability, and why.
+
+    Args:
+        capability: the GPU's.
+        layers: a shape, a layout ("NCHW", "channels_last"), and whether TF32 is allowed.
+    """
+    rows = []
+    for shape, layout, tf32 in layers:
+        facts = dispatch.Facts(
+            *("cuda", capability, torch.float32, layout, tf32),
+            *(shape.input_shape, shape.weight_shape, None),
+            *(shape.stride, shape.padding, shape.dilation, shape.groups),
+        )
+        decision = dispatch.decide(facts)
+        runs = decision.rung.number if decision.rung else "PyTorch's"
+        flags = "allowed" if tf32 else "forbidden"
+        rows.append((f"{shape}, {layout}, TF32 {flags}", runs, decision.reason))
+    return table(("layer", "runs", "because"), rows, texts=3)
