@@ -179,7 +179,7 @@ def profile(
     """
     if shutil.which("ncu") is None:
         raise ProfilerError("no ncu: it comes with the CUDA toolkit (package cuda-nsight-compute)")
-    if reason := rung.refuses(shape):
+    if reason := rung.refuses(shape, defines):
         raise ValueError(f"{rung.name} does not take this shape: {reason}")
     build.load(rung, "cuda", defines=defines)  # so that ncu does not watch a compiler
     command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv"]

@@ -62,17 +62,25 @@ std::unordered_map<std::uint64_t, int> site_of_key;
 
 // --------------------------------------------------------------------------------------- counts
 
-// A global access takes one sector for every 32 bytes that its lanes touch together.
-int sectors_of(const Request& r) {
+// Lanes of a global access take one sector for every 32 bytes that they touch together.
+int sectors_of(const Request& r, int first, int lanes) {
   std::uintptr_t touched[kWarp * 2];
   int n = 0;
-  for (int l = 0; l < kWarp; ++l) {
+  for (int l = first; l < first + lanes; ++l) {
     if (!(r.lanes >> l & 1)) continue;
     const std::uintptr_t last = (r.address[l] + r.bytes[l] - 1) / kSectorBytes;
     for (std::uintptr_t s = r.address[l] / kSectorBytes; s <= last; ++s) touched[n++] = s;
   }
   std::sort(touched, touched + n);
   return static_cast<int>(std::unique(touched, touched + n) - touched);
+}
+
+// Loads of 16 bytes go by quarter warps, and a sector at the seam of two counts twice: where rows
+// start in the middle of a sector, an H100 counts 20 for 512 bytes in a row and not 17
+// (figures/data/counters_k05_first.json; "four memory requests, one for each quarter-warp", said the
+// CUDA C Programming Guide of compute capability 2.x).
+int lanes_loaded_at_once(int bytes) {
+  return bytes == 16 ? kWarp / 4 : kWarp;
 }
 
 // Shared memory serves 32 words a wavefront, one from each bank. Accesses wider than a word go by
@@ -107,7 +115,10 @@ void count(Site& site, const Request& request) {
   ++site.requests;
   site.lanes += __builtin_popcount(request.lanes);
   if (site.space == kGlobal) {
-    site.sectors += sectors_of(request);
+    const int lanes = site.op == kLoad ? lanes_loaded_at_once(site.bytes) : kWarp;
+    for (int first = 0; first < kWarp; first += lanes) {
+      site.sectors += sectors_of(request, first, lanes);
+    }
   } else {
     const int lanes = lanes_at_once(site.bytes);
     for (int first = 0; first < kWarp; first += lanes) {
