@@ -152,6 +152,12 @@ __global__ void vector4(const float* x, float* y) {
 }
 LAUNCH(vector4, 1, 32, 0)
 
+// 16 bytes into a sector: a quarter of a warp, 128 bytes, touches 5
+__global__ void vector4_shifted(const float* x, float* y) {
+  ((float4*)y)[threadIdx.x] = ((const float4*)x)[threadIdx.x + 1];  // @vector4_shifted
+}
+LAUNCH(vector4_shifted, 1, 32, 0)
+
 __global__ void vector2(const float* x, float* y) {
   const float2 v = __ldg(reinterpret_cast<const float2*>(x) + threadIdx.x);  // @vector2
   y[threadIdx.x] = v.x + v.y;
@@ -681,6 +687,7 @@ def count_of(
         ("strided", "load", 4, 1, 32, 32),
         ("vector4", "load", 16, 1, 16, 32),
         ("vector4", "store", 16, 1, 16, 32),
+        ("vector4_shifted", "load", 16, 1, 20, 32),
         ("vector2", "load", 8, 1, 8, 32),
         ("offset", "load", 4, 1, 5, 32),
         ("broadcast", "load", 4, 3, 3, 96),
