@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
+from conftest import nvcc
 
 from asymconv import build
 from asymconv.check import check, random_data
@@ -49,3 +50,28 @@ def test_a_variant_may_refuse_what_the_rung_takes() -> None:
     assert rung.refuses(SHAPES[0], wide) is None
     with pytest.raises(KeyError, match="TILE_X"):
         rung.refuses(shape, {"TILE_X": 1})
+
+
+# k06 takes nvcc ten seconds a variant: the one nearest to 255 registers stands for them
+COMPILED = [
+    (rung, variant)
+    for rung in RUNGS
+    for variant in rung.variants
+    if rung.constants(variant) != rung.constants()  # those: test_kernels.py
+    and (rung.number != "k06" or variant["WARPS_K"] * variant["TILE_W"] == 4 * 32)
+]
+
+
+@nvcc
+@pytest.mark.parametrize(("rung", "variant"), COMPILED, ids=name)
+def test_compiles_for_hopper_without_spills(rung: Rung, variant: Mapping[str, int]) -> None:
+    """But for k04: little in its kernel for 3x3, more in the one for everything else."""
+    report = build.compile_report(rung, "90a", variant)
+    assert report.kernels
+    assert report.warnings == ()
+    for kernel in report.kernels:
+        most = 0
+        if rung.number == "k04":
+            most = 16 if "ILb1E" in kernel.function else 96
+        assert 0 < kernel.registers <= 255
+        assert max(kernel.spill_stores, kernel.spill_loads, kernel.stack) <= most, kernel
