@@ -244,7 +244,8 @@ def proof(of: profiler.Profile, rung: Rung) -> Markdown:
     themselves.
     """
     hardware = of.of(rung.name, profiler.PROOF)
-    rows, notes = [], []
+    rows: list[tuple[str, ...]] = []
+    notes: dict[str, list[str]] = {}  # by reason: the counters it explains
     copies = hardware["async_copy_requests"]
     for counter, count in profiler.counted(trace(rung, profiler.PROOF)).items():
         measured, name = int(hardware[counter]), counter.replace("_", " ")
@@ -259,11 +260,14 @@ def proof(of: profiler.Profile, rung: Rung) -> Markdown:
         rows.append((name, f"{count:,}", f"{measured:,}", difference))
         why = profiler.added(rung, counter)
         if why and why.count == more:
-            notes.append(f"- *{name}, {more:+,}*: {why.reason} (`{why.line}`, {why.sass}).")
+            reason = f"{why.reason} (`{why.line}`, {why.sass})"
+            notes.setdefault(reason, []).append(f"{name} {more:+,}")
     title = f"{rung.number} on {profiler.PROOF}"
     lines = table((title, "CPU run", "ncu, H100", "difference"), rows).data
     if notes:
-        lines = "\n".join([lines, "", "What nvcc adds to the source:", "", *notes])
+        lines += "\n\nWhat nvcc adds to the source:\n"
+    for reason, counters_ in notes.items():
+        lines += f"\n- *{', '.join(counters_)}*: {reason}."
     return Markdown(lines)
 
 
