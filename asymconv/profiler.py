@@ -14,7 +14,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,33 @@ METRICS: Mapping[str, str] = {
     "milliseconds": "gpu__time_duration.sum",
 }
 """The counters taken: our names and Nsight Compute's."""
+
+
+class ProfilerError(RuntimeError):
+    """ncu is not there, or failed; the message says what to do, or shows its lines."""
+
+
+@dataclass(frozen=True)
+class Counters:
+    """One rung's counters on one shape; all its kernels of a call together.
+
+    Attributes:
+        name: the rung.
+        source_hash: its text's.
+        shape: the convolution.
+        values: by the names of `METRICS`: counts, bytes, ms, or percent of the hardware's peak.
+        defines: tile constants that are not the rung's own.
+    """
+
+    name: str
+    source_hash: str
+    shape: ConvShape
+    values: Mapping[str, float]
+    defines: Mapping[str, int] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> float:
+        """A counter by our name for it. Raises KeyError."""
+        return self.values[name]
 
 
 @dataclass(frozen=True)
@@ -112,45 +139,24 @@ def added(rung: Rung, counter: str) -> Added | None:
     return next((a for a in ADDED_BY_NVCC if (a.rung, a.counter) == (rung.number, counter)), None)
 
 
-def counted(lines: Sequence[cpu.LineCount]) -> dict[str, int]:
-    """What the CPU backend counted, summed under the names of `METRICS`.
+def beside(lines: Sequence[cpu.LineCount], hardware: Counters) -> Iterator[tuple[str, int, int]]:
+    """The CPU backend's counts and ncu's: (name in `METRICS`, counted, measured).
 
-    Copies from global to shared memory (cp.async) are among the loads and the stores.
+    A copy from global to shared memory (cp.async) is a load and a store on the CPU. ncu counts the
+    stores of copies by themselves, their requests only: those are added, and no wavefronts given.
     """
-    sums: dict[str, int] = {}
+    copies = int(hardware["async_copy_requests"])
     for space, second in (("global", "sectors"), ("shared", "wavefronts")):
         for op in ("load", "store"):
             chosen = [line for line in lines if (line.space, line.op) == (space, op)]
             for what in ("requests", second):
-                sums[f"{space}_{op}_{what}"] = sum(getattr(line, what) for line in chosen)
-    return sums
-
-
-class ProfilerError(RuntimeError):
-    """ncu is not there, or failed; the message says what to do, or shows its lines."""
-
-
-@dataclass(frozen=True)
-class Counters:
-    """One rung's counters on one shape; all its kernels of a call together.
-
-    Attributes:
-        name: the rung.
-        source_hash: its text's.
-        shape: the convolution.
-        values: by the names of `METRICS`: counts, bytes, ms, or percent of the hardware's peak.
-        defines: tile constants that are not the rung's own.
-    """
-
-    name: str
-    source_hash: str
-    shape: ConvShape
-    values: Mapping[str, float]
-    defines: Mapping[str, int] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> float:
-        """A counter by our name for it. Raises KeyError."""
-        return self.values[name]
+                name = f"{space}_{op}_{what}"
+                measured = int(hardware[name])
+                if copies and name == "shared_store_wavefronts":
+                    continue
+                if copies and name == "shared_store_requests":
+                    measured += copies
+                yield name, sum(getattr(line, what) for line in chosen), measured
 
 
 @dataclass(frozen=True)

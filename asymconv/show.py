@@ -240,22 +240,15 @@ def proof(of: profiler.Profile, rung: Rung) -> Markdown:
 
     The CPU counts accesses as written in the source; ncu counts what nvcc made of them. Below the
     table stands, for each difference that is understood, the reason and the SASS that shows it.
-    Copies from global to shared memory (cp.async) write shared memory; ncu counts them by
-    themselves.
+    Copies from global to shared memory (cp.async) are among the shared stores.
     """
     hardware = of.of(rung.name, profiler.PROOF)
     rows: list[tuple[str, ...]] = []
     notes: dict[str, list[str]] = {}  # by reason: the counters it explains
-    copies = hardware["async_copy_requests"]
-    for counter, count in profiler.counted(trace(rung, profiler.PROOF)).items():
-        measured, name = int(hardware[counter]), counter.replace("_", " ")
-        if copies and counter == "shared_store_wavefronts":
-            continue  # ncu has no counter for those of copies alone
-        if copies and counter == "shared_store_requests":
-            measured, name = int(measured + copies), "copies to shared memory"
+    for counter, count, measured in profiler.beside(trace(rung, profiler.PROOF), hardware):
         if not count and not measured:
             continue
-        more = measured - count
+        name, more = counter.replace("_", " "), measured - count
         difference = f"{more:+,} ({100 * more / count:+.1f} %)" if more else "same"
         rows.append((name, f"{count:,}", f"{measured:,}", difference))
         why = profiler.added(rung, counter)
