@@ -368,7 +368,7 @@ class Kernel:
             LaunchError: CUDA's own refusal.
             asymconv.cpu.EmulationError: the CPU run found a fault in the kernel.
         """
-        if reason := self.rung.refuses(shape):
+        if reason := self.rung.refuses(shape, self.defines):
             raise ValueError(f"{self.rung.name} does not take this shape: {reason}")
         if out is None:
             out = torch.empty(shape.output_shape, dtype=torch.float32, device=x.device)

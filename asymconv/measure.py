@@ -302,7 +302,7 @@ FLOOR = Rung(
     idea="reads the input once and writes the output once, and computes nothing",
     notebook="00_problem",
     source=_FLOOR_SOURCE,
-    refuses=lambda shape: None,
+    refusal=lambda shape, defines: None,
     defines={"BLOCKS_PER_SM": 64},
 )
 """Not a rung: what device memory alone takes for a convolution's bytes."""
@@ -338,7 +338,7 @@ L2_READ = Rung(
     idea="reads 16 MiB from L2, many times",
     notebook="00_problem",
     source=_L2_SOURCE,
-    refuses=lambda shape: None,
+    refusal=lambda shape, defines: None,
     defines={"TURNS": L2_TURNS},
 )
 """Not a rung: what L2 delivers to the SMs."""
@@ -425,10 +425,17 @@ def check_and_time(
 def check_and_sweep(shape: ConvShape, rungs: Sequence[Rung], peers: Sequence[Peer]) -> list[Timing]:
     """Build, check and time the variants of rungs, beside peers, on the current GPU in one run.
 
+    Variants that refuse the shape are left out.
+
     Raises:
         AssertionError: a variant's result is wrong.
         BuildError: a variant does not compile.
     """
-    jobs = [(rung, variant) for rung in rungs for variant in rung.variants]
+    jobs = [
+        (rung, variant)
+        for rung in rungs
+        for variant in rung.variants
+        if not rung.refuses(shape, variant)
+    ]
     methods: list[Method] = [*build.load_all(jobs), *peers]
     return time_methods(methods, [check(method, shape, "cuda") for method in methods], shape)

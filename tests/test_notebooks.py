@@ -10,12 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 from rich.console import Console
 
 from asymconv import study
 from asymconv.kernels import RUNGS
+
+nbformat = pytest.importorskip("nbformat", reason="no Jupyter on this machine")
 
 PATHS = study.notebooks()
 IDS = [p.stem for p in PATHS]

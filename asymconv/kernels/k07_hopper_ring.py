@@ -36,6 +36,7 @@ one row while the next is multiplied is what remains: it takes two sets of sums.
 """
 
 import math
+from collections.abc import Mapping
 
 from asymconv.kernels.half_range import HALF_RANGE
 from asymconv.kernels.ptx import HOPPER, wgmma_f16
@@ -609,7 +610,7 @@ extern "C" int asymconv_launch(const float* x, const float* w, const float* bias
 )
 
 
-def refuses(shape: ConvShape) -> str | None:
+def refusal(shape: ConvShape, defines: Mapping[str, int]) -> str | None:
     """3×3, stride 1, dilation 1, one group, up to 64 input channels; any size, padding and bias."""
     if shape.kernel != (3, 3) or shape.stride != (1, 1) or shape.dilation != (1, 1):
         return f"its window slides over 3×3 pixels, stride 1, dilation 1 ({shape})"
@@ -628,7 +629,7 @@ RUNG = Rung(
     idea="wgmma, resident weights, a ring of rows, whole-sector stores",
     notebook="06_hopper",
     source=SOURCE,
-    refuses=refuses,
+    refusal=refusal,
     precision="tf32",
     capability=(9, 0),
     arch="90a",
