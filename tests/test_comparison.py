@@ -14,7 +14,7 @@ from conftest import gpu
 from torch import nn
 from typer.testing import CliRunner
 
-from asymconv import comparison, dispatch, record, show, tables
+from asymconv import comparison, dispatch, record, tables
 from asymconv.cli import app
 from asymconv.comparison import OURS, THEIRS, Layers, Network, Overhead, Row
 from asymconv.kernels import get_rung
@@ -85,6 +85,10 @@ def test_tables_have_what_the_records_have(tmp_path: Path) -> None:
     assert layer == "a test: small, 8×6×12 → 8, 3×3, padding 1"
     assert (batch, kernel, forward, ratio) == ("1", "k07", "3 → 1.25", "2.40")
     assert (training, other) == ("1 → 1.25", "0.80")
+
+
+def test_notebook_09_shows_the_records_or_says_there_are_none(tmp_path: Path) -> None:
+    show = pytest.importorskip("asymconv.show", reason="needs Jupyter", exc_type=ImportError)
     layers_record().save(tmp_path / "layers.json")
     network_record().save(tmp_path / "network.json")
     assert "| 3 → 1.25 | 2.40 |" in show.layers(tmp_path / "layers.json").data
