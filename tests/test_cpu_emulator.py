@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from asymconv import cpu
+from asymconv.kernels import ptx
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build with")
 
@@ -618,6 +619,339 @@ LAUNCH(multiply, 1, 32, 0)
 )
 
 
+HOPPER_CHECKED = (
+    PRELUDE
+    + ptx.HOPPER
+    + ptx.BULK
+    + ptx.STMATRIX
+    + ptx.MMA
+    + "".join(text(columns) for columns in (24, 56) for text in (ptx.wgmma_f16, ptx.wgmma_f16_ra))
+    + r"""
+// What a warpgroup does with two matrices of halves, 72 and N + 16 rows of 64, in x.
+enum { RIGHT, OVERWRITTEN, READ_EARLY, WRITTEN_EARLY, DIVERGENT, UNORDERED, UNFENCED, NO_FENCE };
+
+template <int N, int How>
+__device__ void multiply(const float* x, float* y, int shift_a, int shift_b, int from_registers) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  constexpr int ROWS_A = 72, ROWS_B = N + 16;
+  const int t = threadIdx.x, lane = t % 32;
+  for (int i = t; i < (ROWS_A + ROWS_B) * 64; i += 128) {
+    const int row = i / 64, channel = i % 64;
+    const int at = row * 128 + (channel / 8 ^ row % 8) * 16 + channel % 8 * 2;
+    *reinterpret_cast<__half*>(shared + at) = __float2half(x[i]);  // @operand
+  }
+  if (How != UNFENCED) fence_async_proxy();
+  if (How != UNORDERED) __syncthreads();
+  const unsigned a = shared_address(shared) + shift_a * 128;
+  const unsigned b = shared_address(shared) + ROWS_A * 128 + shift_b * 128;
+  float sum[N / 2];
+  if (How != NO_FENCE) wgmma_fence();
+  for (int part = 0; part < 4; ++part) {
+    const int wrong = How == DIVERGENT && t == 37 ? 16 : 0;
+    const unsigned long long of_b = swizzled_rows(b + part * 32 + wrong);
+    if (from_registers) {
+      const int row = shift_a + t / 32 * 16 + lane % 16, chunk = part * 2 + lane / 16;
+      unsigned fragment[4];
+      ldmatrix_x4(fragment, shared + row * 128 + (chunk ^ row % 8) * 16);
+      if (N == 24) {
+        wgmma_m64n24k16_f16_ra(reinterpret_cast<float(&)[12]>(sum), fragment, of_b, part);
+      } else {
+        wgmma_m64n56k16_f16_ra(reinterpret_cast<float(&)[28]>(sum), fragment, of_b, part);
+      }
+    } else {
+      const unsigned long long of_a = swizzled_rows(a + part * 32);
+      if (N == 24) {
+        wgmma_m64n24k16_f16(reinterpret_cast<float(&)[12]>(sum), of_a, of_b, part);  // @wgmma
+      } else {
+        wgmma_m64n56k16_f16(reinterpret_cast<float(&)[28]>(sum), of_a, of_b, part);
+      }
+    }
+  }
+  wgmma_commit();
+  if (How == OVERWRITTEN) {
+    for (int i = t; i < ROWS_B * 32; i += 128) {
+      reinterpret_cast<unsigned*>(shared + ROWS_A * 128)[i] = 0;  // @too_early
+    }
+    __syncthreads();
+  }
+  if (How == WRITTEN_EARLY && t == 5) sum[3] = 0;
+  if (How != READ_EARLY) wgmma_wait<0>();  // @wait
+  for (int i = 0; i < N / 2; ++i) {
+    const int row = t / 32 * 16 + lane / 4 + i / 2 % 2 * 8;
+    y[row * N + i / 4 * 8 + lane % 4 * 2 + i % 2] = sum[i];
+  }
+  if (How == READ_EARLY) wgmma_wait<0>();
+}
+template <int N, int How>
+__global__ void products(const float* x, float* y, int shift_a, int shift_b, int from_registers) {
+  multiply<N, How>(x, y, shift_a, shift_b, from_registers);
+}
+#define PRODUCTS(name, N, How)                                                                    \
+  extern "C" int run_##name(const float* x, float* y, int shift_a, int shift_b, int registers) {  \
+    products<N, How><<<1, 128, (72 + N + 16) * 128>>>(x, y, shift_a, shift_b, registers);         \
+    return (int)cudaGetLastError();                                                               \
+  }
+PRODUCTS(products24, 24, RIGHT)
+PRODUCTS(products56, 56, RIGHT)
+PRODUCTS(overwritten, 24, OVERWRITTEN)
+PRODUCTS(read_early, 24, READ_EARLY)
+PRODUCTS(written_early, 24, WRITTEN_EARLY)
+PRODUCTS(divergent, 24, DIVERGENT)
+PRODUCTS(unordered, 24, UNORDERED)
+PRODUCTS(unfenced, 24, UNFENCED)
+PRODUCTS(no_fence, 24, NO_FENCE)
+
+// Two groups of products, the second waited for after the first.
+__global__ void two_groups(const float* x, float* y) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  for (int i = threadIdx.x; i < 64 * 64; i += 128) {
+    reinterpret_cast<__half*>(shared)[i] = __float2half(1.0f);
+  }
+  fence_async_proxy();
+  __syncthreads();
+  const unsigned long long ones = swizzled_rows(shared_address(shared));
+  float first[12], second[12];
+  wgmma_fence();
+  wgmma_m64n24k16_f16(first, ones, ones, 0);
+  wgmma_commit();
+  wgmma_m64n24k16_f16(second, ones, ones, 0);
+  wgmma_m64n24k16_f16(second, ones, ones, 1);
+  wgmma_commit();
+  wgmma_wait<1>();
+  y[threadIdx.x] = first[11];
+  y[128 + threadIdx.x] = second[11];
+  wgmma_wait<0>();
+  y[256 + threadIdx.x] = second[11];
+}
+LAUNCH(two_groups, 1, 128, 8192)
+
+__global__ void half_a_warpgroup(const float* x, float* y) {
+  float sum[12];
+  wgmma_fence();
+  wgmma_m64n24k16_f16(sum, swizzled_rows(1024), swizzled_rows(1024), 0);
+}
+LAUNCH(half_a_warpgroup, 1, 64, 0)
+
+__global__ void beyond_shared(const float* x, float* y) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  float sum[12];
+  const unsigned long long at = swizzled_rows(shared_address(shared) + 1024);
+  wgmma_fence();
+  wgmma_m64n24k16_f16(sum, at, at, 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+}
+LAUNCH(beyond_shared, 1, 128, 8192)
+
+// A warp hands 8 rows to another through two places; WAIT_FULL and WAIT_EMPTY may be left out.
+#define PIPE(name, EMPTY_COUNT, WAIT_FULL, WAIT_EMPTY)                             \
+  __global__ void name(const float* x, float* y) {                                 \
+    __shared__ float row[2][32];                                                   \
+    __shared__ unsigned long long full[2], empty[2];                               \
+    const int lane = threadIdx.x % 32;                                             \
+    if (threadIdx.x == 0) {                                                        \
+      for (int i = 0; i < 2; ++i) {                                                \
+        mbarrier_init(shared_address(&full[i]), 32);                               \
+        mbarrier_init(shared_address(&empty[i]), EMPTY_COUNT);                     \
+      }                                                                            \
+    }                                                                              \
+    __syncthreads();                                                               \
+    for (int i = 0; i < 8; ++i) {                                                  \
+      const unsigned parity = i / 2 & 1;                                           \
+      if (threadIdx.x < 32) {                                                      \
+        if (WAIT_EMPTY) mbarrier_wait(shared_address(&empty[i % 2]), parity ^ 1);  \
+        row[i % 2][lane] = x[i * 32 + lane];                                       \
+        mbarrier_arrive(shared_address(&full[i % 2]));                             \
+      } else {                                                                     \
+        if (WAIT_FULL) mbarrier_wait(shared_address(&full[i % 2]), parity);        \
+        y[i * 32 + lane] = row[i % 2][lane ^ 1];                                   \
+        __syncwarp();                                                              \
+        if (lane == 0) mbarrier_arrive(shared_address(&empty[i % 2]), 4);          \
+      }                                                                            \
+    }                                                                              \
+  }                                                                                \
+  LAUNCH(name, 1, 64, 0)
+PIPE(pipe, 4, true, true)
+PIPE(pipe_full_unheeded, 4, false, true)
+PIPE(pipe_empty_unheeded, 4, true, false)
+PIPE(pipe_too_many, 3, true, true)
+
+__global__ void one_arrival_short(const float* x, float* y) {
+  __shared__ unsigned long long barrier;
+  if (threadIdx.x == 0) mbarrier_init(shared_address(&barrier), 33);
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    mbarrier_arrive(shared_address(&barrier));
+    mbarrier_wait(shared_address(&barrier), 0);  // @short
+  } else {
+    named_barrier<96>(3);  // @named_short
+  }
+}
+LAUNCH(one_arrival_short, 1, 96, 0)
+
+__global__ void not_initialized(const float* x, float* y) {
+  __shared__ unsigned long long barrier;
+  mbarrier_wait(shared_address(&barrier), 0);  // @not_initialized
+}
+LAUNCH(not_initialized, 1, 32, 0)
+
+__global__ void initialized_twice(const float* x, float* y) {
+  __shared__ unsigned long long barrier;
+  for (int i = 0; i < 2; ++i) mbarrier_init(shared_address(&barrier), 1);
+}
+LAUNCH(initialized_twice, 1, 1, 0)
+
+__global__ void unsynchronized_init(const float* x, float* y) {
+  __shared__ unsigned long long barrier;
+  if (threadIdx.x == 0) mbarrier_init(shared_address(&barrier), 2);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&barrier));
+}
+LAUNCH(unsynchronized_init, 1, 64, 0)
+
+__global__ void not_shared(const float* x, float* y) { y[0] = (float)shared_address(x); }
+LAUNCH(not_shared, 1, 1, 0)
+
+__global__ void addresses(const float* x, float* y) {
+  extern __shared__ __align__(1024) unsigned char dynamic[];
+  __shared__ float fixed[4];
+  unsigned* const to = reinterpret_cast<unsigned*>(y);
+  to[0] = shared_address(dynamic);
+  to[1] = shared_address(dynamic + 100);
+  to[2] = (shared_address(fixed) - (unsigned)(size_t)fixed) % 1024;
+  to[3] = shared_address(fixed + 1) - shared_address(fixed);
+}
+LAUNCH(addresses, 1, 1, 200)
+
+// Two pairs of warps each reverse their 64 values, twice, without waiting for the other pair.
+template <bool Synchronize>
+__device__ void reverse_in_pairs(const float* x, float* y) {
+  __shared__ float part[128];
+  const int pair = threadIdx.x / 64, first = pair * 64, t = threadIdx.x % 64;
+  part[first + t] = x[threadIdx.x];  // @pair_stores
+  for (int turn = 0; turn < 2; ++turn) {
+    if (Synchronize) named_barrier<64>(1 + pair);
+    const float other = part[first + 63 - t];
+    if (Synchronize) named_barrier<64>(1 + pair);
+    part[first + t] = other + turn;
+  }
+  y[threadIdx.x] = part[first + t];
+}
+__global__ void pairs(const float* x, float* y) { reverse_in_pairs<true>(x, y); }
+__global__ void pairs_unsynchronized(const float* x, float* y) { reverse_in_pairs<false>(x, y); }
+LAUNCH(pairs, 1, 128, 0)
+LAUNCH(pairs_unsynchronized, 1, 128, 0)
+
+__global__ void unequal_barrier(const float* x, float* y) {
+  if (threadIdx.x < 32) {
+    named_barrier<64>(1);  // @for64
+  } else {
+    named_barrier<96>(1);  // @for96
+  }
+}
+LAUNCH(unequal_barrier, 1, 96, 0)
+
+__global__ void barrier_zero(const float* x, float* y) { named_barrier<32>(0); }
+LAUNCH(barrier_zero, 1, 32, 0)
+
+// 4 floats of x by each lane of the first warp; EARLY reads them before the barrier says so.
+template <bool Early>
+__device__ void load_in_bulk(const float* x, float* y) {
+  __shared__ float4 row[32];
+  __shared__ unsigned long long landed;
+  const int lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) mbarrier_init(shared_address(&landed), 32);
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    mbarrier_arrive_expect(shared_address(&landed), 16);
+    bulk_load(shared_address(row + lane), x + 4 * lane, 16, shared_address(&landed));  // @bulk_load
+  }
+  if (!Early) mbarrier_wait(shared_address(&landed), 0);
+  reinterpret_cast<float4*>(y)[threadIdx.x] = row[lane ^ 1];
+  if (Early) mbarrier_wait(shared_address(&landed), 0);
+}
+__global__ void bulk_loads(const float* x, float* y) { load_in_bulk<false>(x, y); }
+__global__ void bulk_loads_early(const float* x, float* y) { load_in_bulk<true>(x, y); }
+LAUNCH(bulk_loads, 1, 64, 0)
+LAUNCH(bulk_loads_early, 1, 64, 0)
+
+__global__ void bulk_load_unheeded(const float* x, float* y) {
+  __shared__ float4 row;
+  __shared__ unsigned long long landed;
+  mbarrier_init(shared_address(&landed), 1);
+  mbarrier_arrive_expect(shared_address(&landed), 16);
+  bulk_load(shared_address(&row), x, 16, shared_address(&landed));
+}
+LAUNCH(bulk_load_unheeded, 1, 1, 0)
+
+__global__ void bulk_load_short(const float* x, float* y) {
+  __shared__ float4 row[2];
+  __shared__ unsigned long long landed;
+  mbarrier_init(shared_address(&landed), 1);
+  mbarrier_arrive_expect(shared_address(&landed), 32);
+  bulk_load(shared_address(row), x, 16, shared_address(&landed));
+  mbarrier_wait(shared_address(&landed), 0);  // @bytes_short
+}
+LAUNCH(bulk_load_short, 1, 1, 0)
+
+enum { WAITED, TOO_EARLY, NOT_WAITED, NOT_FENCED, ODD_BYTES };
+template <int How>
+__device__ void store_in_bulk(const float* x, float* y) {
+  __shared__ float4 row[32];
+  const int lane = threadIdx.x;
+  row[lane] = reinterpret_cast<const float4*>(x)[lane];  // @staged
+  if (How != NOT_FENCED) fence_async_proxy();
+  __syncwarp();
+  if (lane == 0) {
+    bulk_store(y, shared_address(row), How == ODD_BYTES ? 250 : 256);  // @bulk_store
+    bulk_commit();
+    bulk_store(y + 64, shared_address(row + 16), 256);
+    bulk_commit();
+    if (How == TOO_EARLY) row[3].x = -1.0f;
+    if (How == TOO_EARLY) row[30].x = -1.0f;
+    if (How != NOT_WAITED) bulk_wait_read<1>();
+    row[0].y = -2.0f;
+    if (How != NOT_WAITED) bulk_wait();
+  }
+}
+#define STORES(name, How)                                                                  \
+  __global__ void name(const float* x, float* y) { store_in_bulk<How>(x, y); }             \
+  LAUNCH(name, 1, 32, 0)
+STORES(bulk_stores, WAITED)
+STORES(bulk_stores_overwritten, TOO_EARLY)
+STORES(bulk_stores_unheeded, NOT_WAITED)
+STORES(bulk_stores_unfenced, NOT_FENCED)
+STORES(bulk_stores_of_250_bytes, ODD_BYTES)
+
+// y: 16 x 16 halves twice, from fragments that hold lane * 8 + 2 * m and + 1
+__global__ void stored_matrices(const float* x, float* y) {
+  __shared__ __align__(16) __half tile[2][16][16];
+  const int lane = threadIdx.x;
+  unsigned fragment[4];
+  for (int m = 0; m < 4; ++m) {
+    const __half2 pair = __floats2half2_rn(lane * 8 + 2 * m, lane * 8 + 2 * m + 1);
+    memcpy(&fragment[m], &pair, 4);
+  }
+  stmatrix_x4(&tile[0][lane % 16][lane / 16 * 8], fragment);  // @stmatrix
+  stmatrix_x4_transposed(&tile[1][lane % 16][lane / 16 * 8], fragment);
+  __syncwarp();
+  for (int i = lane; i < 512; i += 32) y[i] = __half2float(tile[i / 256][i / 16 % 16][i % 16]);
+}
+LAUNCH(stored_matrices, 1, 32, 0)
+
+__global__ void small_twins(const float* x, float* y) {
+  const int lane = threadIdx.x;
+  registers_up_to<240>();
+  const float4 four = load_four_if(lane < 8, x + 4 * lane);  // @load_if
+  __stcs(reinterpret_cast<float4*>(y) + lane, four);         // @streamed
+  y[128 + lane] = larger_magnitude(lane == 3 ? NAN : -2.0f, lane == 4 ? NAN : lane - 16.0f);
+  __nanosleep(20);
+}
+LAUNCH(small_twins, 1, 32, 0)
+"""
+)
+
+
 def line_of(source: str, mark: str) -> int:
     """The line of a text that ends in ``// @mark``, from 1."""
     (number,) = (
@@ -1095,6 +1429,232 @@ def test_mma_twins_on_integers(programs, traced):
     y = run(programs(CHECKED, traced), "multiply", x)
     assert torch.equal(y[:128].view(16, 8), a @ b + c)
     assert torch.equal(y[128:256].view(16, 8), a @ b + c)
+
+
+def two_matrices(columns: int, integers: bool) -> torch.Tensor:
+    """72 rows of A and columns + 16 of B, 64 each, exact as halves."""
+    generator = torch.Generator().manual_seed(columns)
+    size = (72 + columns + 16, 64)
+    if integers:
+        return torch.randint(-9, 10, size, generator=generator).float()
+    return torch.randn(size, generator=generator).half().float()
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("from_registers", [0, 1])
+@pytest.mark.parametrize(("shift_a", "shift_b"), [(0, 0), (3, 5), (8, 1), (7, 16)])
+@pytest.mark.parametrize("columns", [24, 56])
+def test_wgmma_on_windows(programs, columns, shift_a, shift_b, from_registers, traced):
+    """Against float64; windows start anywhere in a group of 8 swizzled rows."""
+    how = {"extra": [ctypes.c_int(v) for v in (shift_a, shift_b, from_registers)]}
+    if traced:
+        how |= {"racecheck": True, "order_seed": 3}
+    for integers in (True, False):
+        x = two_matrices(columns, integers)
+        program = programs(HOPPER_CHECKED, traced)
+        y = run(program, f"products{columns}", x.flatten(), **how)[: 64 * columns]
+        a = x[shift_a : shift_a + 64].double()
+        b = x[72 + shift_b : 72 + shift_b + columns].double()
+        error = (y.view(64, columns).double() - a @ b.T).abs()
+        allowed = 0.0 if integers else 4 * 2.0**-23 * (a.abs() @ b.abs().T)  # 4 roundings
+        assert bool((error <= allowed).all())
+
+
+def test_wgmma_rounds_towards_zero(programs):
+    """2^24 + 3 lies between 2^24 + 2 and 2^24 + 4, nearer to neither."""
+    x = torch.zeros(72 + 40, 64)
+    x[:72, 0] = 4096.0
+    x[:72, 16] = 1.0
+    x[72:, 0] = 4096.0
+    x[72:, 16] = 3.0
+    extra = [ctypes.c_int(0)] * 3
+    for sign in (1.0, -1.0):
+        x[72:] *= sign
+        y = run(programs(HOPPER_CHECKED, False), "products24", x.flatten(), extra=extra)
+        assert y[: 64 * 24].eq(sign * (2**24 + 2)).all()
+
+
+def test_wgmma_is_under_way_until_waited_for(programs):
+    x = two_matrices(24, integers=True).flatten()
+    extra = [ctypes.c_int(0)] * 3
+    program, traced = programs(HOPPER_CHECKED, False), programs(HOPPER_CHECKED)
+    right = run(program, "products24", x, extra=extra)[: 64 * 24]
+    assert right.isfinite().all()
+    # an operand that is overwritten before the wait
+    assert run(program, "overwritten", x, extra=extra)[: 64 * 24].eq(0).all()
+    with pytest.raises(cpu.EmulationError, match=rf"race.*{line_of(HOPPER_CHECKED, 'too_early')} "):
+        run(traced, "overwritten", x, extra=extra, racecheck=True)
+    # sums that are read, or written, before the wait
+    assert run(program, "read_early", x, extra=extra)[: 64 * 24].isnan().all()
+    line = line_of(HOPPER_CHECKED, "wait")
+    with pytest.raises(
+        cpu.EmulationError, match=rf"\(5, 0, 0\) writes to the sums .* line {line}$"
+    ):
+        run(program, "written_early", x, extra=extra)
+    y = run(program, "two_groups")
+    assert y[:128].eq(16).all()
+    assert y[128:256].isnan().all()
+    assert y[256:384].eq(32).all()
+
+
+def test_wgmma_refuses_what_hardware_leaves_undefined(programs):
+    x = two_matrices(24, integers=True).flatten()
+    extra = [ctypes.c_int(0)] * 3
+    program = programs(HOPPER_CHECKED, False)
+    line = line_of(HOPPER_CHECKED, "wgmma")
+    with pytest.raises(cpu.EmulationError, match=rf"divergent warpgroup: .*\(37, .* {line} and"):
+        run(program, "divergent", x, extra=extra)
+    with pytest.raises(cpu.EmulationError, match=rf"line {line} without a wgmma.fence"):
+        run(program, "no_fence", x, extra=extra)
+    with pytest.raises(cpu.EmulationError, match="a whole warpgroup of 128 threads"):
+        run(program, "half_a_warpgroup")
+    with pytest.raises(cpu.EmulationError, match="wgmma of 16 bytes at shared address 0x2400, "):
+        run(program, "beyond_shared")
+
+
+def test_wgmma_needs_a_proxy_fence_and_a_barrier_after_stores(programs):
+    x = two_matrices(24, integers=True).flatten()
+    extra = [ctypes.c_int(0)] * 3
+    program = programs(HOPPER_CHECKED)
+    wgmma, operand = (line_of(HOPPER_CHECKED, mark) for mark in ("wgmma", "operand"))
+    stores_late = rf"stores at line {operand} what .* loads at line {wgmma} with no barrier between"
+    with pytest.raises(cpu.EmulationError, match=stores_late):
+        run(program, "unordered", x, extra=extra, racecheck=True)
+    unseen = rf"loads at line {wgmma} what .* stores at line {operand} with no fence.proxy.async"
+    with pytest.raises(cpu.EmulationError, match=unseen):
+        run(program, "unfenced", x, extra=extra, racecheck=True)
+
+
+@pytest.mark.parametrize("order_seed", [0, 1, 2, 3])
+def test_mbarriers_hand_rows_over(programs, order_seed):
+    expected = torch.arange(256).view(8, 32)[:, torch.arange(32) ^ 1].float().flatten()
+    for traced in (False, True):
+        how = {"racecheck": traced, "order_seed": order_seed}
+        assert torch.equal(run(programs(HOPPER_CHECKED, traced), "pipe", **how)[:256], expected)
+
+
+@pytest.mark.parametrize("kernel", ["pipe_full_unheeded", "pipe_empty_unheeded"])
+@pytest.mark.parametrize("order_seed", [0, 1])
+def test_a_missing_mbarrier_wait_is_found(programs, kernel, order_seed):
+    with pytest.raises(cpu.EmulationError, match="race in shared memory"):
+        run(programs(HOPPER_CHECKED), kernel, racecheck=True, order_seed=order_seed)
+
+
+def test_faults_of_mbarriers(programs):
+    program = programs(HOPPER_CHECKED, False)
+    with pytest.raises(cpu.EmulationError) as caught:
+        run(program, "one_arrival_short")
+    short, named = (line_of(HOPPER_CHECKED, mark) for mark in ("short", "named_short"))
+    assert re.fullmatch(
+        r"one_arrival_short: block \(0, 0, 0\): deadlock: 32 of 96 threads wait in "
+        rf"mbarrier.try_wait at line {short} \(shared address 0x\w+, parity 0: 32 of 33 arrivals "
+        rf"are there\), 64 of 96 threads wait in barrier.sync at line {named} \(barrier 3: 64 of "
+        r"96 threads are there\)",
+        str(caught.value),
+    )
+    message = r"mbarrier.arrive of 4 at line \d+: the mbarrier .* expects 3 more of 3 arrivals"
+    with pytest.raises(cpu.EmulationError, match=message):
+        run(program, "pipe_too_many")
+    line = line_of(HOPPER_CHECKED, "not_initialized")
+    with pytest.raises(cpu.EmulationError, match=rf"try_wait at line {line}: there is no mbarrier"):
+        run(program, "not_initialized")
+    with pytest.raises(cpu.EmulationError, match="mbarrier that is in use"):
+        run(program, "initialized_twice")
+    with pytest.raises(cpu.EmulationError, match="not in shared memory"):
+        run(program, "not_shared")
+    with pytest.raises(cpu.EmulationError, match="race"):
+        run(programs(HOPPER_CHECKED), "unsynchronized_init", racecheck=True)
+
+
+def test_shared_addresses(programs):
+    y = run(programs(HOPPER_CHECKED, False), "addresses").view(torch.int32)
+    assert y[:4].tolist() == [1024, 1124, 0, 4]  # 1 KiB is the system's
+
+
+@pytest.mark.parametrize("order_seed", [0, 1, 2])
+def test_named_barriers(programs, order_seed):
+    x = torch.arange(128.0)
+    for traced in (False, True):
+        how = {"racecheck": traced, "order_seed": order_seed}
+        assert torch.equal(run(programs(HOPPER_CHECKED, traced), "pairs", **how)[:128], x + 1)
+    with pytest.raises(cpu.EmulationError, match="race"):
+        run(programs(HOPPER_CHECKED), "pairs_unsynchronized", racecheck=True)
+    program = programs(HOPPER_CHECKED, False)
+    for64, for96 = (line_of(HOPPER_CHECKED, mark) for mark in ("for64", "for96"))
+    both = rf"for 96 threads at line {for96}, others wait there for 64 at line {for64}"
+    with pytest.raises(cpu.EmulationError, match=both):
+        run(program, "unequal_barrier")
+    with pytest.raises(cpu.EmulationError, match=r"0 is __syncthreads\(\)"):
+        run(program, "barrier_zero")
+
+
+def test_bulk_loads_come_as_late_as_they_may(programs):
+    expected = torch.arange(128).view(32, 4)[torch.arange(32) ^ 1].float().flatten()
+    program, traced = programs(HOPPER_CHECKED, False), programs(HOPPER_CHECKED)
+    for order_seed in (0, 1):
+        y = run(traced, "bulk_loads", racecheck=True, trace=True, order_seed=order_seed)
+        assert torch.equal(y[:256], expected.repeat(2))
+    (count,) = (c for c in traced.counts() if c.line == line_of(HOPPER_CHECKED, "bulk_load"))
+    assert (count.space, count.op, count.requests, count.sectors) == ("global", "load", 32, 32)
+    early = run(program, "bulk_loads_early")[:124]  # the last lane's arrival lets all copies end
+    assert early.isnan().all()
+    with pytest.raises(cpu.EmulationError, match="race"):
+        run(traced, "bulk_loads_early", racecheck=True)
+    with pytest.raises(cpu.EmulationError, match="the block ends while bulk copies"):
+        run(program, "bulk_load_unheeded")
+    line = line_of(HOPPER_CHECKED, "bytes_short")
+    with pytest.raises(cpu.EmulationError, match=rf"deadlock: .*line {line} .*16 of 32 bytes"):
+        run(program, "bulk_load_short")
+
+
+def test_bulk_stores_read_as_late_as_they_may(programs):
+    program, traced = programs(HOPPER_CHECKED, False), programs(HOPPER_CHECKED)
+    x = torch.arange(128.0)
+    for order_seed in (0, 1):
+        y = run(traced, "bulk_stores", racecheck=True, trace=True, order_seed=order_seed)
+        assert torch.equal(y[:128], x)
+    (count,) = (c for c in traced.counts() if c.line == line_of(HOPPER_CHECKED, "bulk_store"))
+    assert (count.space, count.op, count.requests, count.sectors) == ("global", "store", 1, 8)
+    y = run(program, "bulk_stores_overwritten")[:128]
+    assert y[12] == y[120] == -1
+    with pytest.raises(cpu.EmulationError, match="exits while its bulk copy"):
+        run(program, "bulk_stores_unheeded")
+    message = (
+        rf"loads at line {line_of(HOPPER_CHECKED, 'bulk_store')} .* stores at line "
+        rf"{line_of(HOPPER_CHECKED, 'staged')} with no fence.proxy.async"
+    )
+    with pytest.raises(cpu.EmulationError, match=message):
+        run(traced, "bulk_stores_unfenced", racecheck=True)
+    with pytest.raises(cpu.EmulationError, match="no multiple of 16 bytes"):
+        run(program, "bulk_stores_of_250_bytes")
+
+
+def test_stmatrix_layout(programs):
+    program = programs(HOPPER_CHECKED)
+    y = run(program, "stored_matrices", trace=True, racecheck=True)[:512].view(2, 16, 16)
+    lane, pair = torch.arange(32)[:, None], torch.arange(2)
+    for m, (row, column) in enumerate([(0, 0), (8, 0), (0, 8), (8, 8)]):
+        part = (lane * 8 + 2 * m + pair).reshape(8, 8).float()
+        assert torch.equal(y[0, row : row + 8, column : column + 8], part)
+        assert torch.equal(y[1, row : row + 8, column : column + 8], part.T)
+    (count,) = (c for c in program.counts() if c.line == line_of(HOPPER_CHECKED, "stmatrix"))
+    assert (count.space, count.op, count.wavefronts) == ("shared", "store", 8)  # 2-way conflicts
+
+
+def test_small_twins_of_hopper(programs):
+    program = programs(HOPPER_CHECKED)
+    y = run(program, "small_twins", trace=True)
+    x = torch.arange(128.0)
+    assert torch.equal(y[:128], torch.where(x < 32, x, 0.0))
+    lane = torch.arange(32.0)
+    larger = torch.maximum(torch.tensor(2.0), (lane - 16).abs())
+    either = (lane == 3) | (lane == 4)
+    assert torch.equal(y[128:160].isnan(), either)
+    assert torch.equal(y[128:160][~either], larger[~either])
+    counts = {(c.line, c.op): c for c in program.counts()}
+    loads = counts[line_of(HOPPER_CHECKED, "load_if"), "load"]
+    assert (loads.lanes, loads.sectors, loads.bytes_per_lane) == (8, 4, 16)
+    assert counts[line_of(HOPPER_CHECKED, "streamed"), "store"].sectors == 16
 
 
 def test_calls_from_several_threads_take_turns(programs):

@@ -125,6 +125,27 @@ def test_a_removed_barrier_is_found() -> None:
     build.load(rung, "cpu-traced")(*random_data(shape), shape, racecheck=True)
 
 
+@pytest.mark.parametrize(
+    ("removed", "found"),
+    [
+        ("    mbarrier_wait(shared_address(&state->empty[slot]), parity);\n", "race|deadlock"),
+        ("      wait_for_row(q + 2);\n", "race"),
+        ("  fence_async_proxy();\n  named_barrier<CONSUMERS>(1);\n", "race"),
+        ("    fence_async_proxy();\n", "no fence.proxy.async"),
+        ("  wgmma_wait<0>();\n", "exits without having waited for its wgmma"),
+    ],
+    ids=["empty", "full", "barrier", "proxy fence", "wgmma wait"],
+)
+def test_k07_without_what_orders_it(removed: str, found: str) -> None:
+    """The asynchronous copies and products of k07 lack one thing: the CPU run says what."""
+    rung = get_rung("k07")
+    assert rung.source.count(removed) == 1
+    broken = replace(rung, source=rung.source.replace(removed, ""))
+    shape = ConvShape(1, 6, 40, 140, 70, padding=1)
+    with pytest.raises(EmulationError, match=found):
+        build.load(broken, "cpu-traced")(*random_data(shape), shape, racecheck=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch_gives_empty_output(backend: str) -> None:
     shape = ConvShape(0, 3, 5, 6, 2)

@@ -16,6 +16,7 @@
 #error "emu.h stands in for nvcc; nvcc itself must not see it"
 #endif
 
+#include <climits>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -35,6 +36,7 @@
 #define __constant__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __forceinline__ EMU_INLINE
 #define __noinline__ __attribute__((noinline))
 #define __align__(n) __attribute__((aligned(n)))
@@ -149,6 +151,7 @@ struct Votes {
 };
 Votes vote(unsigned mask, int predicate, const char* what, int line);
 int lane();  // the calling thread's place in its warp
+void yield();  // others go first
 
 // Plain copies that no tracer sees, around the arithmetic of an atomic operation: it is counted as
 // one access of its own kind, and does not race with another one.
@@ -196,7 +199,7 @@ cudaError_t cudaGetLastError();   // and forgets it
 cudaError_t cudaPeekAtLastError();
 const char* cudaGetErrorString(cudaError_t error);
 const char* cudaGetErrorName(cudaError_t error);
-// An imaginary GPU: compute capability 8.0 (no wgmma, no TMA here), 4 SMs so that persistent kernels
+// An imaginary GPU: compute capability 9.0 (but no tensor maps, no clusters), 4 SMs so that persistent kernels
 // loop on small shapes, 227 KiB of dynamic shared memory.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 EMU_INLINE cudaError_t cudaGetDevice(int* device) {
@@ -340,6 +343,10 @@ EMU_INLINE void __threadfence() {}
 EMU_INLINE void __threadfence_block() {}
 EMU_INLINE void __threadfence_system() {}
 
+EMU_INLINE void __nanosleep(unsigned) {
+  emu::yield();
+}
+
 #define assert(condition) \
   ((condition) ? (void)0 : emu::fail("assertion `%s' failed at line %d", #condition, __LINE__))
 EMU_INLINE void __trap(int line = __builtin_LINE()) {
@@ -433,9 +440,6 @@ EMU_INLINE void __stcs(T* p, std::common_type_t<T> value) {
 template <class T>
 EMU_INLINE void __stwt(T* p, std::common_type_t<T> value) {
   *p = value;
-}
-EMU_INLINE std::size_t __cvta_generic_to_shared(const void* p) {
-  return reinterpret_cast<std::size_t>(p);
 }
 
 // -------------------------------------------------------------------------------------- atomics
@@ -540,3 +544,8 @@ EMU_INLINE int __ffs(int i) {
 
 #include "emu_half.h"
 #include "emu_ptx.h"
+#include "emu_hopper.h"
+
+EMU_INLINE std::size_t __cvta_generic_to_shared(const void* p) {
+  return emu::shared_address(p);
+}

@@ -90,6 +90,12 @@ EMU_INLINE __half2 __float2half2_rn(float f) {
 EMU_INLINE float2 __half22float2(__half2 h) {
   return {static_cast<float>(h.x), static_cast<float>(h.y)};
 }
+EMU_INLINE __half __low2half(__half2 h) {
+  return h.x;
+}
+EMU_INLINE __half __high2half(__half2 h) {
+  return h.y;
+}
 EMU_INLINE float __low2float(__half2 h) {
   return static_cast<float>(h.x);
 }

@@ -243,6 +243,7 @@ void run_thread(Thread* thread) {
   call.body(call.arguments);
   thread->exited = true;
   --block.alive;
+  check_nothing_under_way(*thread, block.alive == 0);
   warp_lane_exited(thread);
 }
 
@@ -289,6 +290,11 @@ Text begin_error() {
   return text;
 }
 
+bool same_wait(const Wait& a, const Wait& b) {
+  return a.what == b.what && a.line == b.line && a.mbarrier == b.mbarrier &&
+         a.named_barrier == b.named_barrier;
+}
+
 // No thread can go on: says how many wait where.
 void report_deadlock() {
   Text text = begin_error();
@@ -303,15 +309,14 @@ void report_deadlock() {
     int same = 0;
     for (int j = i; j < block.size; ++j) {
       const Thread& other = block.threads[j];
-      if (other.exited || other.wait.what != thread.wait.what ||
-          other.wait.line != thread.wait.line) {
-        continue;
-      }
+      if (other.exited || !same_wait(other.wait, thread.wait)) continue;
       told[j] = true;
       ++same;
     }
-    text.add("%s%d of %d threads wait in %s at line %d", separator, same, block.size,
-             thread.wait.what, thread.wait.line);
+    char more[160] = "";
+    describe_wait(thread.wait, more, sizeof more);
+    text.add("%s%d of %d threads wait in %s at line %d%s", separator, same, block.size,
+             thread.wait.what, thread.wait.line, more);
     separator = ", ";
   }
   if (exited) text.add(", %d exited without reaching it", exited);
@@ -407,7 +412,9 @@ void run_block() {
     thread.exited = false;
     thread.copies.clear();
     thread.group_ends.clear();
+    begin_asynchronous(thread);
   }
+  begin_barriers();
   for (int w = 0; w * kWarp < block.size; ++w) {
     const int lanes = block.size - w * kWarp;
     block.warps[w].live = lanes >= kWarp ? 0xffffffffu : (1u << lanes) - 1;
@@ -576,6 +583,14 @@ void yield() {
   suspend();
 }
 
+void yield_at_random() {
+  if (call.random && random_below(2)) yield();
+}
+
+void wake(std::vector<Thread*>& waiting, bool self_too) {
+  release(waiting, self_too);
+}
+
 // CUDA C++ Programming Guide: __syncthreads() "waits until all threads in the thread block have
 // reached this point", and in conditional code is allowed only "if the conditional evaluates
 // identically across the entire thread block". So a thread that has exited is missing here (from
@@ -728,7 +743,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrWarpSize: *value = emu::kWarp; break;
     case cudaDevAttrMultiProcessorCount: *value = 4; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = emu::kMaxDynamicShared + 1024; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emu::kMaxDynamicShared; break;

@@ -1,6 +1,7 @@
 // emu_runtime.h: what emu_runtime.cpp, emu_ptx.cpp and emu_trace.cpp share. No kernel sees it.
 #pragma once
 
+#include <deque>
 #include <vector>
 
 #include "emu.h"
@@ -28,6 +29,7 @@ struct Fiber {
 struct Wait {
   const char* what = nullptr;
   int line = 0;
+  int mbarrier = -1, named_barrier = -1;  // which, of the block's
 };
 
 // One cp.async that was not yet waited for.
@@ -38,6 +40,46 @@ struct Copy {
   const void* pc;  // of the call, for the tracer
 };
 
+struct Thread;
+
+// What a barrier hands on in a traced library: how far each thread of the block has been seen, and
+// how far by way of a proxy fence. See emu_trace.cpp.
+struct View {
+  std::vector<unsigned> seen, fenced;
+};
+
+// One wgmma of a thread that was not yet waited for.
+struct Product {
+  std::uint64_t a, b;  // descriptors
+  std::uint32_t a_registers[4];
+  bool a_in_registers, add;
+  int columns, line;
+  std::size_t accumulator;  // of the thread's
+  const void* pc;           // of the call, for the tracer
+};
+
+// Sums of wgmma under way: their value, while the thread's registers hold NaN.
+struct Accumulator {
+  float* registers = nullptr;  // null: not in use
+  int count;
+  float value[128];
+};
+
+struct BulkLoad {
+  unsigned char* shared;
+  const void* global;
+  int bytes;
+  Thread* thread;  // that began it
+  const void* pc;
+};
+
+struct BulkStore {
+  void* global;
+  const unsigned char* shared;
+  int bytes, line;
+  const void* pc;
+};
+
 struct Thread {
   int number;  // in the block, x fastest
   uint3 index;
@@ -46,6 +88,12 @@ struct Thread {
   Wait wait;
   std::vector<Copy> copies;             // cp.async, oldest first
   std::vector<std::size_t> group_ends;  // sizes of `copies` at each commit
+  std::vector<Product> products;            // wgmma, and sizes at each commit
+  std::vector<std::size_t> product_groups;
+  std::vector<Accumulator> accumulators;
+  bool products_fenced = false;             // wgmma.fence was executed
+  std::vector<BulkStore> bulk_stores;       // to global memory, and sizes at each commit
+  std::vector<std::size_t> bulk_groups;
 };
 
 // A meeting of the lanes of one mask. Two tables of slots take turns: whoever is still reading the
@@ -72,6 +120,32 @@ struct BlockBarrier {
   std::vector<Thread*> waiting;
 };
 
+// A barrier in shared memory, whose word there names it.
+struct MBarrier {
+  unsigned address = 0;  // shared
+  std::size_t number = 0;
+  int count = 0, pending = 0;  // arrivals: of a phase; that are missing
+  unsigned phase = 0;
+  long long expected_bytes = 0;
+  std::vector<BulkLoad> loads;  // that count at it, under way
+  std::vector<Thread*> waiting;
+  View arrived, completed;
+};
+
+constexpr int kNamedBarriers = 16;
+
+struct NamedBarrier {
+  int arrived = 0, threads = 0, line = 0;
+  std::vector<Thread*> waiting;
+  View brought;
+};
+
+// Where the threads of a warpgroup wait for wgmma.
+struct WarpgroupBarrier {
+  int arrived = 0, groups_left = 0, line = 0;
+  std::vector<Thread*> waiting;
+};
+
 struct Block {
   int size = 0;     // threads
   int alive = 0;    // that have not exited
@@ -81,6 +155,9 @@ struct Block {
   Warp warps[kMaxWarps];
   int start_order[kMaxThreads];
   BlockBarrier barrier;
+  std::deque<MBarrier> mbarriers;
+  NamedBarrier named_barriers[kNamedBarriers];
+  WarpgroupBarrier warpgroups[kMaxThreads / 128];
 };
 
 extern Block block;
@@ -91,6 +168,11 @@ extern Fiber* fiber;   // the stack that it runs on
 void suspend();
 // The same, ready at once: others go first.
 void yield();
+// The same, half of the time, where threads run in a drawn order.
+void yield_at_random();
+// Frees all who wait; where threads run in a drawn order, they and (if it waited too) the running
+// one go on in any.
+void wake(std::vector<Thread*>& waiting, bool self_too);
 
 // Waits for the lanes of mask, each with n bytes; returns what all 32 brought, of those that did
 // not come 0xff. Valid until the thread waits again.
@@ -107,6 +189,15 @@ struct Range {
 extern Range static_shared;  // the library's thread-local segment
 extern Range library;        // all it has mapped
 
+// emu_hopper.cpp: what a thread, a block begins with; what they may not leave behind.
+void begin_asynchronous(Thread& thread);
+void begin_barriers();
+void check_nothing_under_way(const Thread& thread, bool last_of_block);
+// Notes again, for the tracer, what the thread's asynchronous operations may be reading.
+void trace_reads_under_way(const Thread& thread);
+// More about what a thread waits for, as snprintf.
+int describe_wait(const Wait& wait, char* to, std::size_t room);
+
 // What the tracer (emu_trace.cpp, part of traced libraries only) wants to know.
 #ifndef EMU_TRACED
 #define EMU_TRACED 0
@@ -121,8 +212,22 @@ void access(const void* address, int bytes, Op op, const void* pc);
 void copy_begins(const Copy& copy);
 // Until it was waited for, a copy may write at any time: again at its end.
 void copy_ends(const Copy& copy);
-// Notes one row of an ldmatrix.
-void matrix_row(const void* address, int bytes, const void* pc);
+// Notes an access that a twin makes for the code at pc.
+void wrapped_access(const void* address, int bytes, Op op, const void* pc);
+// Checks an access to the word of an mbarrier, which is not counted.
+void barrier_word(const void* address, int bytes, Op op, const void* pc);
+// Checks a read of shared memory by the asynchronous proxy for a thread: to be called when it
+// begins, and again, since it may happen at any time until then, when it has been waited for.
+void async_read(const void* shared, int bytes, const Thread& thread, const void* pc);
+void bulk_load_begins(const BulkLoad& load);
+void bulk_load_ends(const BulkLoad& load);
+void bulk_store_begins(const BulkStore& store);
+
+// fence.proxy.async of the running thread.
+void proxy_fence();
+// What a thread has done and seen, it adds to a view; another thread takes it over.
+void hand_on(const Thread& thread, View& to);
+void take_over(const Thread& thread, const View& from);
 
 void begin_block();
 void end_block();

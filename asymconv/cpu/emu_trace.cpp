@@ -471,37 +471,56 @@ Space space_of(const void* p, int bytes, Op op, const void* pc, bool wrapped) {
 // ---------------------------------------------------------------------------------------- races
 
 // Two accesses of one byte of shared memory, at least one of them a store, race unless a barrier
-// stands between them. Threads of a block are ordered by __syncthreads(); lanes of a warp by
-// __syncwarp() too, with a clock for each lane: clocks[w][a][b] is how far lane a has seen lane b.
-// Shuffles and votes order nothing: "they do not imply a memory barrier".
+// stands between them. Each thread has a clock, which moves on whenever it hands on what it has
+// done; clocks[a][b] is how far a has seen b. __syncwarp(), named barriers and mbarriers pass that
+// on; __syncthreads() shows everything to everybody. Shuffles and votes order nothing: "they do not
+// imply a memory barrier".
+//
+// wgmma and bulk copies access shared memory through the asynchronous proxy. An ordinary store is
+// ordered before them only if a fence.proxy.async stands between: fenced[a][b] is how far a has
+// seen b by way of such a fence.
 struct Toucher {
   short thread = -1;
-  bool atomic = false;
+  bool async = false;  // through the asynchronous proxy
   unsigned stamp = 0;  // of its own clock
   int site = 0;
 };
 
 struct Cell {
-  unsigned epoch = 0;  // what is older is forgotten
-  Toucher writer;
+  unsigned epoch = 0;  // older readers are forgotten, and writers of another block
+  Toucher writer;    // the last ordinary store
+  Toucher atomic;    // the last atomic operation since
   Toucher reader;    // the last
   Toucher mate;      // the last of the same warp, but another lane
   Toucher stranger;  // the last of another warp
 };
 
-unsigned epoch;  // grows at every barrier of a block, and with every block
-unsigned clocks[kMaxWarps][kWarp][kWarp];
+unsigned epoch;        // grows at every barrier of a block, and with every block
+unsigned first_epoch;  // of this block
+unsigned clocks[kMaxThreads][kMaxThreads], fenced[kMaxThreads][kMaxThreads];
+unsigned clocks_at_barrier[kMaxThreads], fenced_at_barrier[kMaxThreads];  // the block's last
+bool fences;              // whether there was one in this block
 std::vector<Cell> cells;  // dynamic, then static shared memory, a byte each
 
 bool ordered(const Toucher& before, const Thread& now) {
   if (before.thread < 0 || before.thread == now.number) return true;
-  const int warp = now.number / kWarp;
-  if (before.thread / kWarp != warp) return false;
-  return clocks[warp][now.number % kWarp][before.thread % kWarp] >= before.stamp;
+  return std::max(clocks[now.number][before.thread], clocks_at_barrier[before.thread]) >=
+         before.stamp;
+}
+
+bool ordered_by_fence(const Toucher& before, const Thread& now) {
+  if (before.thread < 0 || before.async) return true;
+  return std::max(fenced[now.number][before.thread], fenced_at_barrier[before.thread]) >=
+         before.stamp;
+}
+
+// to = the later of both, thread by thread
+void join(unsigned* to, const unsigned* from) {
+  for (int t = 0; t < block.size; ++t) to[t] = std::max(to[t], from[t]);
 }
 
 [[noreturn]] void report_race(const Toucher& before, bool before_wrote, const Thread& now, Op op,
-                              int site, std::size_t cell) {
+                              int site, std::size_t cell, const char* missing = "barrier") {
   const uint3 a = now.index;
   const uint3 b = block.threads[before.thread].index;
   const Site& here = sites[static_cast<std::size_t>(site)];
@@ -509,9 +528,9 @@ bool ordered(const Toucher& before, const Thread& now) {
   const bool dynamic = cell < kMaxDynamicShared;
   fail("race in shared memory: thread (%u, %u, %u) %s at " EMU_PC
        " what thread (%u, %u, %u) %s at " EMU_PC
-       " with no barrier between (%s shared memory, byte %zu)",
+       " with no %s between (%s shared memory, byte %zu)",
        a.x, a.y, a.z, verb(op), in_library(here.pc), here.wrapped, b.x, b.y, b.z,
-       before_wrote ? "stores" : "loads", in_library(there.pc), there.wrapped,
+       before_wrote ? "stores" : "loads", in_library(there.pc), there.wrapped, missing,
        dynamic ? "dynamic" : "static", dynamic ? cell : cell - kMaxDynamicShared);
 }
 
@@ -528,20 +547,22 @@ void remember_reader(Cell& cell, const Toucher& reader) {
   cell.reader = reader;
 }
 
-void check_cell(std::size_t index, Op op, const Thread& thread, int site) {
+void check_cell(std::size_t index, Op op, const Thread& thread, int site, bool async = false) {
   Cell& cell = cells[index];
   if (cell.epoch != epoch) {
-    cell = Cell{};
+    if (cell.epoch < first_epoch) cell.writer = {};
+    cell.atomic = cell.reader = cell.mate = cell.stranger = {};
     cell.epoch = epoch;
   }
-  const bool atomic = op == kAtomic;
-  const bool both_atomic = atomic && cell.writer.atomic;
-  if (!both_atomic && !ordered(cell.writer, thread)) {
-    report_race(cell.writer, true, thread, op, site, index);
+  if (!ordered(cell.writer, thread)) report_race(cell.writer, true, thread, op, site, index);
+  if (op != kAtomic && !ordered(cell.atomic, thread)) {
+    report_race(cell.atomic, true, thread, op, site, index);
   }
-  const int l = thread.number % kWarp;
-  const Toucher now{static_cast<short>(thread.number), atomic,
-                    clocks[thread.number / kWarp][l][l], site};
+  if (async && !ordered_by_fence(cell.writer, thread)) {
+    report_race(cell.writer, true, thread, op, site, index, "fence.proxy.async and barrier");
+  }
+  const unsigned stamp = clocks[thread.number][thread.number];
+  const Toucher now{static_cast<short>(thread.number), async, stamp, site};
   if (op == kLoad) {
     remember_reader(cell, now);
     return;
@@ -549,17 +570,25 @@ void check_cell(std::size_t index, Op op, const Thread& thread, int site) {
   for (const Toucher* reader : {&cell.reader, &cell.mate, &cell.stranger}) {
     if (!ordered(*reader, thread)) report_race(*reader, false, thread, op, site, index);
   }
-  cell.writer = now;
+  if (op == kAtomic) {
+    cell.atomic = now;
+  } else {
+    cell.writer = now;
+    cell.atomic = {};
+  }
   cell.reader = cell.mate = cell.stranger = {};
 }
 
-void check_race(const void* p, int bytes, Op op, const Thread& thread, int site) {
+void check_race(const void* p, int bytes, Op op, const Thread& thread, int site, int step = 1,
+                bool async = false) {
   const Range dynamic{dynamic_shared(), kMaxDynamicShared};
   const auto* address = static_cast<const unsigned char*>(p);
   const bool in_dynamic = dynamic.contains(p);
   const auto* begin = in_dynamic ? dynamic.begin : static_shared.begin;
   std::size_t cell = (in_dynamic ? 0 : kMaxDynamicShared) + static_cast<std::size_t>(address - begin);
-  for (int i = 0; i < bytes; ++i) check_cell(cell++, op, thread, site);
+  for (int i = 0; i < bytes; i += step) {
+    check_cell(cell + static_cast<std::size_t>(i), op, thread, site, async);
+  }
 }
 
 // -------------------------------------------------------------------------------------- accesses
@@ -604,6 +633,27 @@ void find_main_stack() {
   main_stack = {static_cast<unsigned char*>(low), size};
 }
 
+// A bulk copy in global memory: counted as one request of one lane, with all the sectors that it
+// moves.
+void note_bulk(const void* global, int bytes, Op op, const void* pc) {
+  if (bytes == 0) return;
+  constexpr int kUnit = 16;
+  if (space_of(global, bytes, op, pc, true) != kGlobal) {
+    fail("a bulk copy of memory that is not global, " EMU_PC, in_library(pc), 1);
+  }
+  if (!counting) return;
+  const auto address = reinterpret_cast<std::uintptr_t>(global);
+  Site& site = sites[static_cast<std::size_t>(site_number(pc, kGlobal, op, kUnit, true))];
+  const auto end = address + static_cast<std::uintptr_t>(bytes);
+  ++site.requests;
+  ++site.lanes;
+  site.sectors += static_cast<long long>((end - 1) / kSectorBytes - address / kSectorBytes + 1);
+}
+
+int bulk_site(const BulkLoad& load) {
+  return site_number(load.pc, kShared, kStore, 16, true);
+}
+
 int copy_store_site(const Copy& copy) {
   return site_number(copy.pc, kShared, kStore, copy.bytes, true);
 }
@@ -627,12 +677,68 @@ void copy_ends(const Copy& copy) {
   check_race(copy.shared, copy.bytes, kStore, *self, copy_store_site(copy));
 }
 
-void matrix_row(const void* address, int bytes, const void* pc) {
-  if (watching()) note(address, bytes, bytes, kLoad, pc, true);
+void wrapped_access(const void* address, int bytes, Op op, const void* pc) {
+  if (watching()) note(address, bytes, bytes, op, pc, true);
+}
+
+void barrier_word(const void* address, int bytes, Op op, const void* pc) {
+  if (checking_races) {
+    check_race(address, bytes, op, *self, site_number(pc, kShared, op, bytes, true));
+  }
+}
+
+void async_read(const void* shared, int bytes, const Thread& thread, const void* pc) {
+  if (!checking_races) return;
+  // Each half is checked, not each byte: there are many, and nothing smaller is stored.
+  constexpr int kStep = 2;
+  const int site = site_number(pc, kShared, kLoad, 16, true);
+  check_race(shared, bytes, kLoad, thread, site, kStep, true);
+}
+
+void bulk_load_begins(const BulkLoad& load) {
+  if (!watching()) return;
+  note_bulk(load.global, load.bytes, kLoad, load.pc);
+  if (checking_races) check_race(load.shared, load.bytes, kStore, *self, bulk_site(load), 1, true);
+}
+
+void bulk_load_ends(const BulkLoad& load) {
+  if (!checking_races) return;
+  check_race(load.shared, load.bytes, kStore, *load.thread, bulk_site(load), 1, true);
+}
+
+void bulk_store_begins(const BulkStore& store) {
+  if (!watching()) return;
+  note_bulk(store.global, store.bytes, kStore, store.pc);
+  async_read(store.shared, store.bytes, *self, store.pc);
+}
+
+void proxy_fence() {
+  if (!checking_races) return;
+  const int t = self->number;
+  fences = true;
+  join(fenced[t], clocks[t]);
+  join(fenced[t], clocks_at_barrier);
+  ++clocks[t][t];
+}
+
+void hand_on(const Thread& thread, View& to) {
+  if (!checking_races) return;
+  const auto size = static_cast<std::size_t>(block.size);
+  to.seen.resize(size);
+  to.fenced.resize(size);
+  join(to.seen.data(), clocks[thread.number]);
+  if (fences) join(to.fenced.data(), fenced[thread.number]);
+  ++clocks[thread.number][thread.number];
+}
+
+void take_over(const Thread& thread, const View& from) {
+  if (!checking_races || from.seen.empty()) return;
+  join(clocks[thread.number], from.seen.data());
+  if (fences) join(fenced[thread.number], from.fenced.data());
 }
 
 void begin_block() {
-  ++epoch;
+  first_epoch = ++epoch;
   for (int t = 0; t < block.size; ++t) {  // after an error, tracks end anywhere
     tracks[t].calls = 0;
     tracks[t].last = {};
@@ -640,12 +746,13 @@ void begin_block() {
     tracks[t].done = 0;
   }
   if (!checking_races) return;
-  for (auto& warp : clocks) {
-    for (int l = 0; l < kWarp; ++l) {
-      std::fill(warp[l], warp[l] + kWarp, 0u);
-      warp[l][l] = 1;
-    }
+  for (int t = 0; t < block.size; ++t) {
+    std::fill(clocks[t], clocks[t] + block.size, 0u);
+    std::fill(fenced[t], fenced[t] + block.size, 0u);
+    clocks[t][t] = 1;
+    clocks_at_barrier[t] = fenced_at_barrier[t] = 0;
   }
+  fences = false;
 }
 
 void end_block() {
@@ -657,27 +764,29 @@ void block_synchronized() {
   ++epoch;
   if (!checking_races) return;
   for (int t = 0; t < block.size; ++t) {
+    clocks_at_barrier[t] = clocks[t][t]++;
+    if (fences) join(fenced_at_barrier, fenced[t]);
+  }
+  for (int t = 0; t < block.size; ++t) {
     const Thread& thread = block.threads[t];
     for (const Copy& copy : thread.copies) {
       check_race(copy.shared, copy.bytes, kStore, thread, copy_store_site(copy));
     }
+    trace_reads_under_way(thread);
   }
 }
 
 void warp_synchronized(int warp, unsigned lanes, bool orders_memory) {
   if (counting && lanes == block.warps[warp].live) follow(warp, true);
   if (!checking_races || !orders_memory) return;
-  unsigned seen[kWarp] = {};  // what any of them has seen, all of them have now
+  static View together;  // what any of them has seen, all of them have now
+  together.seen.clear();
+  together.fenced.clear();
   for (int l = 0; l < kWarp; ++l) {
-    if (!(lanes >> l & 1)) continue;
-    for (int other = 0; other < kWarp; ++other) {
-      seen[other] = std::max(seen[other], clocks[warp][l][other]);
-    }
+    if (lanes >> l & 1) hand_on(block.threads[warp * kWarp + l], together);
   }
   for (int l = 0; l < kWarp; ++l) {
-    if (!(lanes >> l & 1)) continue;
-    std::copy(seen, seen + kWarp, clocks[warp][l]);
-    ++clocks[warp][l][l];
+    if (lanes >> l & 1) take_over(block.threads[warp * kWarp + l], together);
   }
 }
 

@@ -30,8 +30,8 @@ _HERE = Path(__file__).parent
 KERNEL = "kernel.cu"
 """What compiler errors and memory counts call the CUDA text."""
 
-_HEADERS = ("emu.h", "emu_half.h", "emu_ptx.h", "emu_runtime.h")
-_RUNTIME = ("emu_runtime.cpp", "emu_ptx.cpp")
+_HEADERS = ("emu.h", "emu_half.h", "emu_hopper.h", "emu_ptx.h", "emu_runtime.h")
+_RUNTIME = ("emu_runtime.cpp", "emu_ptx.cpp", "emu_hopper.cpp")
 _TRACER = ("emu_trace.cpp",)
 _COMMON = (
     "-std=c++17",
@@ -45,7 +45,6 @@ _COMMON = (
 )
 _PLAIN = ("-O3", "-g1", "-fno-semantic-interposition")
 _TRACED = ("-O0", "-g", "-fsanitize=thread", "-fsanitize-coverage=trace-pc")
-_RUNTIME_FLAGS = ("-O2", "-g1")
 _LINK = ("-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs")
 _X86_64_V3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
 
@@ -98,7 +97,7 @@ def commands(folder: Path, *, traced: bool, cxx: str = "g++") -> list[list[str]]
     return [
         [cxx, *_COMMON, *kernel_flags, "-c", str(folder / "kernel.cpp"), "-o", kernel_object],
         [
-            *(cxx, *_COMMON, *_RUNTIME_FLAGS, f"-DEMU_TRACED={int(traced)}"),
+            *(cxx, *_COMMON, *_plain_flags(), f"-DEMU_TRACED={int(traced)}"),
             *(*runtime, kernel_object, *_LINK, "-o", library),
         ],
     ]

@@ -635,5 +635,4 @@ RUNG = Rung(
     arch="90a",
     defines=DEFINES,
     variants=VARIANTS,
-    emulated=False,
 )

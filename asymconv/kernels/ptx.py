@@ -101,46 +101,77 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[
 """
 
 HOPPER = r"""
-// ---- sm_90a: barriers in shared memory, warpgroup matrix products. No CPU twins.
+// ---- sm_90a: barriers in shared memory, warpgroup matrix products. Where an error of the CPU twin
+// is to name the line of the call, the twin is a function of its own.
 __device__ __forceinline__ unsigned shared_address(const void* p) {
   return (unsigned)__cvta_generic_to_shared(p);
 }
 
 // PTX ISA 9.7.13.15.9, mbarrier.init: a barrier that `count` arrivals complete.
 __device__ __forceinline__ void mbarrier_init(unsigned barrier, int count) {
+#ifdef __CUDACC__
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(count));
+#else
+  emu::mbarrier_init(barrier, count);
+#endif
 }
 
 // PTX ISA 9.7.13.15.13, mbarrier.arrive (release): what this thread wrote is seen by who waits.
+#ifdef __CUDACC__
 __device__ __forceinline__ void mbarrier_arrive(unsigned barrier, int count = 1) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0], %1; }\n" ::"r"(
                    barrier),
                "r"(count)
                : "memory");
 }
+#else
+__device__ __forceinline__ void mbarrier_arrive(unsigned barrier, int count = 1,
+                                                int line = __builtin_LINE()) {
+  emu::mbarrier_arrive(barrier, count, line);
+}
+#endif
 
 // PTX ISA 9.7.13.15.16, mbarrier.try_wait: until the phase of this parity is complete.
+#ifdef __CUDACC__
 __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity) {
   asm volatile("{ .reg .pred done;\n"
                "  again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                "  @!done bra again; }\n" ::"r"(barrier), "r"(parity)
                : "memory");
 }
+#else
+__device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity,
+                                              int line = __builtin_LINE()) {
+  emu::mbarrier_wait(barrier, parity, line);
+}
+#endif
 
 // PTX ISA 9.7.13.4, fence.proxy.async: ordinary writes to shared memory before it are seen, after
 // the next barrier, by wgmma, which reads through another proxy.
 __device__ __forceinline__ void fence_async_proxy() {
+#ifdef __CUDACC__
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+#else
+  emu::fence_async_proxy();
+#endif
 }
 
 // PTX ISA 9.7.13.1, barrier.sync: for some of a block's warps.
+#ifdef __CUDACC__
 template <int threads>
 __device__ __forceinline__ void named_barrier(int id) {
   asm volatile("barrier.sync %0, %1;\n" ::"r"(id), "n"(threads) : "memory");
 }
+#else
+template <int threads>
+__device__ __forceinline__ void named_barrier(int id, int line = __builtin_LINE()) {
+  emu::named_barrier(id, threads, line);
+}
+#endif
 
 // PTX ISA 9.7.9.9, ld.global.nc with a predicate: zeros where it is false, and no branch.
 __device__ __forceinline__ float4 load_four_if(bool predicate, const float* from) {
+#ifdef __CUDACC__
   float4 v;
   asm volatile("{ .reg .pred p; setp.ne.s32 p, %5, 0;\n"
                "  mov.f32 %0, 0f00000000; mov.f32 %1, 0f00000000;\n"
@@ -149,26 +180,48 @@ __device__ __forceinline__ float4 load_four_if(bool predicate, const float* from
                : "=&f"(v.x), "=&f"(v.y), "=&f"(v.z), "=&f"(v.w)
                : "l"(from), "r"((int)predicate));
   return v;
+#else
+  return emu::load_if<float4>(predicate, from);
+#endif
 }
 
 // PTX ISA 9.7.3.12, max.NaN: the larger magnitude; NaN if one is NaN.
 __device__ __forceinline__ float larger_magnitude(float a, float b) {
+#ifdef __CUDACC__
   float larger;
   asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(larger) : "f"(fabsf(a)), "f"(fabsf(b)));
   return larger;
+#else
+  return emu::max_nan(fabsf(a), fabsf(b));
+#endif
 }
 
 // PTX ISA 9.7.16.7.1 to .3: order the registers before the first product; close a group; wait.
 __device__ __forceinline__ void wgmma_fence() {
+#ifdef __CUDACC__
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+#else
+  emu::wgmma_fence();
+#endif
 }
 __device__ __forceinline__ void wgmma_commit() {
+#ifdef __CUDACC__
   asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+#else
+  emu::wgmma_commit();
+#endif
 }
+#ifdef __CUDACC__
 template <int pending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(pending) : "memory");
 }
+#else
+template <int pending>
+__device__ __forceinline__ void wgmma_wait(int line = __builtin_LINE()) {
+  emu::wgmma_wait(pending, line);
+}
+#endif
 
 // PTX ISA 9.7.16.5.1, matrix descriptor: rows of 128 bytes, swizzled over groups of 8 rows, the
 // groups 1024 bytes apart. The address may start in the middle of a group: the swizzle goes by the
@@ -178,6 +231,129 @@ __device__ __forceinline__ unsigned long long swizzled_rows(unsigned address) {
          1ull << 62;
 }
 """
+
+BULK = r"""
+// A matrix descriptor so many bytes further on; only the address changes, which has 14 of 64 bits.
+__device__ __forceinline__ unsigned long long moved(unsigned long long descriptor, int bytes) {
+  return (descriptor & 0xffffffff00000000ull) | ((unsigned)descriptor + bytes / 16);
+}
+
+// ---- sm_90: bulk copies, which a thread starts and a copy engine makes, and registers that warps
+// hand over. Addresses and sizes are multiples of 16 bytes.
+
+// PTX ISA 9.7.13.15.13, mbarrier.arrive.expect_tx: arrives, and the phase waits for `bytes` more.
+__device__ __forceinline__ void mbarrier_arrive_expect(unsigned barrier, int bytes) {
+#ifdef __CUDACC__
+  asm volatile("{ .reg .b64 state;\n"
+               "  mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }\n" ::"r"(barrier),
+               "r"(bytes)
+               : "memory");
+#else
+  emu::mbarrier_arrive_expect(barrier, bytes);
+#endif
+}
+
+// PTX ISA 9.7.9.25.4.1, cp.async.bulk: global to shared memory; its bytes count at the barrier.
+__device__ __forceinline__ void bulk_load(unsigned shared, const void* global, int bytes,
+                                          unsigned barrier) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+               "[%0], [%1], %2, [%3];\n" ::"r"(shared),
+               "l"(global), "r"(bytes), "r"(barrier)
+               : "memory");
+#else
+  emu::bulk_load(shared, global, bytes, barrier);
+#endif
+}
+
+// The same, shared to global memory; the thread's stores since the last commit are a group.
+__device__ __forceinline__ void bulk_store(void* global, unsigned shared, int bytes) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n" ::"l"(global),
+               "r"(shared), "r"(bytes)
+               : "memory");
+#else
+  emu::bulk_store(global, shared, bytes);
+#endif
+}
+__device__ __forceinline__ void bulk_commit() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+#else
+  emu::bulk_commit();
+#endif
+}
+
+// PTX ISA 9.7.9.25.4.3: until at most `pending` of this thread's groups have not read shared
+// memory; or are not done.
+template <int pending = 0>
+__device__ __forceinline__ void bulk_wait_read() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(pending) : "memory");
+#else
+  emu::bulk_wait_read(pending);
+#endif
+}
+template <int pending = 0>
+__device__ __forceinline__ void bulk_wait() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.bulk.wait_group %0;\n" ::"n"(pending) : "memory");
+#else
+  emu::bulk_wait(pending);
+#endif
+}
+
+// PTX ISA 9.7.20.5, setmaxnreg: all warps of a warpgroup give registers back, or wait for more.
+template <int registers>
+__device__ __forceinline__ void registers_down_to() {
+#ifdef __CUDACC__
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(registers));
+#endif
+}
+template <int registers>
+__device__ __forceinline__ void registers_up_to() {
+#ifdef __CUDACC__
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(registers));
+#endif
+}
+"""
+
+STMATRIX = r"""
+// PTX ISA 9.7.14.5.16, stmatrix (sm_90): four 8x8 matrices of halves to shared memory, from the
+// registers that ldmatrix would fill. Lane 8 * m + r points at row r of matrix m, 16 bytes.
+__device__ __forceinline__ void stmatrix_x4(void* row, const unsigned (&d)[4]) {
+#ifdef __CUDACC__
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
+                   (unsigned)__cvta_generic_to_shared(row)),
+               "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
+               : "memory");
+#else
+  emu::stmatrix(row, d);
+#endif
+}
+
+// The same, each matrix transposed on the way.
+__device__ __forceinline__ void stmatrix_x4_transposed(void* row, const unsigned (&d)[4]) {
+#ifdef __CUDACC__
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
+                   (unsigned)__cvta_generic_to_shared(row)),
+               "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
+               : "memory");
+#else
+  emu::stmatrix<true>(row, d);
+#endif
+}
+"""
+
+
+def _wgmma_sums(columns: int) -> tuple[int, str, str]:
+    """A thread's sums of 64 x columns: how many, their places in the text, their constraints."""
+    if columns % 8 or not 8 <= columns <= 256:
+        raise ValueError(f"wgmma has N = 8, 16, ... 256, not {columns}")
+    count = columns // 2
+    places = ", ".join(f"%{i}" for i in range(count))
+    registers = ", ".join(f'"+f"(sum[{i}])' for i in range(count))
+    return count, places, registers
 
 
 def wgmma_f16(columns: int) -> str:
@@ -190,13 +366,10 @@ def wgmma_f16(columns: int) -> str:
     Args:
         columns: N, a multiple of 8 from 8 to 256.
     """
-    if columns % 8 or not 8 <= columns <= 256:
-        raise ValueError(f"wgmma has N = 8, 16, ... 256, not {columns}")
-    count = columns // 2
-    places = ", ".join(f"%{i}" for i in range(count))
-    registers = ", ".join(f'"+f"(sum[{i}])' for i in range(count))
+    count, places, registers = _wgmma_sums(columns)
     return f"""
 // PTX ISA 9.7.16.5.2: sum = a * b, plus sum if `add`; under way until wgmma_wait.
+#ifdef __CUDACC__
 __device__ __forceinline__ void wgmma_m64n{columns}k16_f16(float (&sum)[{count}],
                                                     unsigned long long a, unsigned long long b,
                                                     int add) {{
@@ -206,4 +379,45 @@ __device__ __forceinline__ void wgmma_m64n{columns}k16_f16(float (&sum)[{count}]
                : {registers}
                : "l"(a), "l"(b), "r"(add));
 }}
+#else
+__device__ __forceinline__ void wgmma_m64n{columns}k16_f16(float (&sum)[{count}],
+                                                    unsigned long long a, unsigned long long b,
+                                                    int add, int line = __builtin_LINE()) {{
+  emu::wgmma_f16<{columns}>(sum, a, b, add, line);
+}}
+#endif
+"""
+
+
+def wgmma_f16_ra(columns: int) -> str:
+    """The same with a in registers, as mma.m16n8k16 has it (PTX ISA 9.7.16.5.1.1).
+
+    Warp i of the warpgroup has rows ``16 * i`` on: lane l of row l / 4 the columns
+    ``2 * (l % 4)`` and + 1 in ``a[0]``, of row + 8 in ``a[1]``, columns + 8 in ``a[2]``, ``a[3]``.
+
+    Args:
+        columns: N, a multiple of 8 from 8 to 256.
+    """
+    count, places, registers = _wgmma_sums(columns)
+    return f"""
+// PTX ISA 9.7.16.5.2: sum = a * b, plus sum if `add`; under way until wgmma_wait.
+#ifdef __CUDACC__
+__device__ __forceinline__ void wgmma_m64n{columns}k16_f16_ra(float (&sum)[{count}],
+                                                       const unsigned (&a)[4],
+                                                       unsigned long long b, int add) {{
+  asm volatile("{{ .reg .pred add; setp.ne.b32 add, %{count + 5}, 0;\\n"
+               "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {{{places}}}, "
+               "{{%{count}, %{count + 1}, %{count + 2}, %{count + 3}}}, %{count + 4}, "
+               "add, 1, 1, 0; }}\\n"
+               : {registers}
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}}
+#else
+__device__ __forceinline__ void wgmma_m64n{columns}k16_f16_ra(float (&sum)[{count}],
+                                                       const unsigned (&a)[4],
+                                                       unsigned long long b, int add,
+                                                       int line = __builtin_LINE()) {{
+  emu::wgmma_f16<{columns}>(sum, a, b, add, line);
+}}
+#endif
 """
