@@ -36,6 +36,7 @@
 #define __constant__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __forceinline__ EMU_INLINE
 #define __noinline__ __attribute__((noinline))
 #define __align__(n) __attribute__((aligned(n)))
