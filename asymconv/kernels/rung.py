@@ -63,10 +63,34 @@ class ConvStruct(ctypes.Structure):
         )
 
 
-def _strip_comments(text: str) -> str:
-    """C++ text without comments and with runs of white space as one blank (no string literals)."""
+_CONDITION = re.compile(r"\s*#\s*(ifdef|ifndef|if|elif|else|endif)\b\s*(\w*)")
+
+
+def _as_nvcc_sees(text: str) -> str:
+    """C++ text without comments, without what stands there for g++ alone (`#ifdef __CUDACC__`), and
+    with runs of white space as one blank. String literals are not told apart.
+    """
     text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.DOTALL)
-    return re.sub(r"\s+", " ", text).strip()
+    kept = []
+    seen: list[bool | None] = []  # of each open condition: its branch; None: not about nvcc
+    for line in text.splitlines():
+        directive = _CONDITION.match(line)
+        if directive is None:
+            ours = False
+        elif (kind := directive[1]).startswith("if"):
+            ours = kind != "if" and directive[2] == "__CUDACC__"
+            seen.append(kind == "ifdef" if ours else None)
+        else:
+            ours = seen[-1] is not None
+            if ours and kind == "elif":
+                raise ValueError("`#elif` of `#ifdef __CUDACC__`: write `#else` and another `#if`")
+            if kind == "endif":
+                seen.pop()
+            elif ours:
+                seen[-1] = not seen[-1]
+        if not ours and False not in seen:
+            kept.append(line)
+    return re.sub(r"\s+", " ", "\n".join(kept)).strip()
 
 
 @dataclass(frozen=True)
@@ -130,8 +154,8 @@ class Rung:
 
     @property
     def source_hash(self) -> str:
-        """16 hex digits over the text without comments: records carry it, tests compare it."""
-        return hashlib.sha256(_strip_comments(self.text()).encode()).hexdigest()[:16]
+        """16 hex digits over the text as nvcc sees it: records carry it, tests compare it."""
+        return hashlib.sha256(_as_nvcc_sees(self.text()).encode()).hexdigest()[:16]
 
 
 def launch_limits(
