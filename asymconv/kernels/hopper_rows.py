@@ -28,8 +28,9 @@ static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
 
 // Shared memory, in bytes. Landing: rows of fp32 as they come from memory, a channel of the window
 // 144 pixels and, where rows begin anywhere within 16 bytes, up to 3 before it. Each warp of the
-// producers has 32 channels and LANDINGS rows for itself.
-constexpr int RING_W = 144, WARP_CHANNELS = 32;
+// producers has 32 channels and LANDINGS rows for itself. Half of its channels come at a time: while
+// the others are converted, the next row's are on their way.
+constexpr int RING_W = 144, WARP_CHANNELS = 32, COMING = 16, COMINGS = WARP_CHANNELS / COMING;
 constexpr int LANDING_PITCH = (RING_W + 4) * 4, LANDING = WARP_CHANNELS * LANDING_PITCH;
 static_assert(PRODUCERS / 32 * WARP_CHANNELS == CHANNELS, "every channel has its warp");
 
@@ -63,7 +64,7 @@ struct BadRows {
 constexpr int REDO_FILTERS = 4;     // that a warp computes again at once
 constexpr int ITEMS_UNDER_WAY = 4;  // producers are RING rows ahead at most, items have 3 or more
 struct RingState {
-  unsigned long long full[RING], empty[RING], landed[PRODUCERS / 32][LANDINGS];
+  unsigned long long full[RING], empty[RING], landed[PRODUCERS / 32][LANDINGS][COMINGS];
   BadRows bad[ITEMS_UNDER_WAY];
   int weights_bad;
   float bias[BLOCK_K];
@@ -75,8 +76,8 @@ struct RingState {
       mbarrier_init(shared_address(&full[i]), PRODUCERS / 32);
       mbarrier_init(shared_address(&empty[i]), CONSUMERS / 32);
     }
-    for (int i = 0; i < PRODUCERS / 32 * LANDINGS; ++i) {
-      mbarrier_init(shared_address(&landed[0][0] + i), WARP_CHANNELS);
+    for (int i = 0; i < PRODUCERS / 32 * LANDINGS * COMINGS; ++i) {
+      mbarrier_init(shared_address(&landed[0][0][0] + i), COMING);
     }
     for (int i = 0; i < ITEMS_UNDER_WAY; ++i) bad[i] = {INT_MAX, -1};
     weights_bad = 0;
@@ -184,15 +185,16 @@ __device__ __forceinline__ int past_16_bytes(const float* p) {
   return (int)((unsigned long long)p >> 2 & 3);
 }
 
-// Starts the copies of a warp's 32 channels of a row, one a lane. WIDE: every piece starts and ends
-// on 16 bytes. Otherwise the 16-byte pieces that hold it are copied; two of them may reach beyond
-// the tensor, at its very begin and end: those rows are copied by hand.
+// Starts the copies of 16 channels of a row, one a lane. WIDE: every piece starts and ends on 16
+// bytes. Otherwise the 16-byte pieces that hold it are copied; two of them may reach beyond the
+// tensor, at its very begin and end: those rows are copied by hand.
 template <bool WIDE>
-__device__ __forceinline__ void fetch(unsigned char* landing, unsigned landed, const Window& at,
-                                      const float* __restrict__ x, long long values,
-                                      const Conv& c) {
+__device__ __forceinline__ void fetch(unsigned char* landing, unsigned landed, int channel0,
+                                      const Window& at, const float* __restrict__ x,
+                                      long long values, const Conv& c) {
   const int lane = threadIdx.x % 32;
-  const int channel = opaque((threadIdx.x - CONSUMERS) / 32 * WARP_CHANNELS + lane);
+  if (lane >= COMING) return;
+  const int channel = opaque(channel0 + lane);
   const int count = channel < c.C ? at.count : 0;
   const float* const from = at.first + (long long)channel * c.H * c.W;
   const int lead = WIDE ? 0 : past_16_bytes(from);
@@ -220,18 +222,18 @@ __device__ __forceinline__ __half2 lo_of(float a, float b, __half2 hi) {
   return __floats2half2_rn(LO_SCALE * (a - __low2float(hi)), LO_SCALE * (b - __high2float(hi)));
 }
 
-// Converts a warp's 32 channels of a row. A lane takes 8 channels of a pixel at a time (4, where it
+// Converts 16 channels of a row, from channel0 on. A lane takes 8 channels of a pixel at a time (4, where it
 // also has to find out where a channel's row begins): neighbours read neighbouring words, and write
 // 8 different chunks, any 8 of them. Whether fp16 holds a run, 32 pixels of a channel or 16 of those
 // right of the strip, is asked only if not every value by itself is good.
 template <bool WIDE>
 __device__ __forceinline__ bool convert(const unsigned char* landing, unsigned char* ring,
-                                        const Window& at, const Conv& c, int scale) {
+                                        int channel0, const Window& at, const Conv& c,
+                                        int scale) {
   constexpr int DEEP = WIDE ? 8 : 4;  // a unit: so many channels of 32 pixels
-  constexpr int DEPTHS = WARP_CHANNELS / DEEP, WIDTHS = TILE_W / 32;
+  constexpr int DEPTHS = COMING / DEEP, WIDTHS = TILE_W / 32;
   using Chunk = std::conditional_t<WIDE, uint4, uint2>;
   const int lane = threadIdx.x % 32;
-  const int channel0 = (threadIdx.x - CONSUMERS) / 32 * WARP_CHANNELS;
   const float factor = power_of_two(opaque(scale));
   const HalfRange range(opaque(scale));
   bool good = true;
@@ -259,9 +261,12 @@ __device__ __forceinline__ bool convert(const unsigned char* landing, unsigned c
       #pragma unroll
       for (int i = 0; i < DEEP / 2; ++i) {
         const float v0 = value(2 * i), v1 = value(2 * i + 1);
-        all = all && range.holds(magnitude(v0)) && range.holds(magnitude(v1));
         chunk[i] = hi_of(factor * v0, factor * v1);
-        if (half == 1) chunk[i] = lo_of(factor * v0, factor * v1, chunk[i]);
+        if (half == 0) {
+          all = all && range.holds(magnitude(v0)) && range.holds(magnitude(v1));
+        } else {
+          chunk[i] = lo_of(factor * v0, factor * v1, chunk[i]);
+        }
       }
       *reinterpret_cast<Chunk*>(to + half * RING_HALF) = *reinterpret_cast<const Chunk*>(chunk);
     }
@@ -283,40 +288,48 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
                                         const Plan& plan, int blocks_k, unsigned char* shared,
                                         RingState* state, int scale) {
   const int warp = (threadIdx.x - CONSUMERS) / 32;
-  unsigned char* const landing = shared + warp * LANDINGS * LANDING;
+  unsigned char* const landings = shared + warp * LANDINGS * LANDING;
   const int item_step = gridDim.x / blocks_k;
   Cursor now = {(int)blockIdx.x / blocks_k, 0};
-  const auto fetch_row = [&](const Cursor& row, int place) {
+  const auto landing = [&](int place, int coming) {
+    return landings + place * LANDING + coming * COMING * LANDING_PITCH;
+  };
+  const auto fetch_part = [&](const Cursor& row, int place, int coming) {
     if (row.item >= plan.items) return;
-    fetch<WIDE>(landing + place * LANDING, shared_address(&state->landed[warp][place]),
-                Window(x, c, plan, row), x, plan.values, c);
+    fetch<WIDE>(landing(place, coming), shared_address(&state->landed[warp][place][coming]),
+                warp * WARP_CHANNELS + coming * COMING, Window(x, c, plan, row), x, plan.values, c);
   };
   {
     Cursor row = now;
     #pragma unroll 1
-    for (int place = 0; place < LANDINGS; ++place, row.next(plan, c, item_step)) {
-      fetch_row(row, place);
+    for (int i = 0; i < LANDINGS * COMINGS; ++i) {
+      fetch_part(row, i / COMINGS, i % COMINGS);
+      if (i % COMINGS == COMINGS - 1) row.next(plan, c, item_step);
     }
   }
   #pragma unroll 1
   for (int q = 0; now.item < plan.items; ++q) {  // rows so far
     const int place = q % LANDINGS, slot = q % RING;
-    mbarrier_wait(shared_address(&state->landed[warp][place]), q / LANDINGS & 1);
     mbarrier_wait(shared_address(&state->empty[slot]), q / RING & 1);
-    const bool good = convert<WIDE>(landing + place * LANDING, shared + RING_AT + slot * RING_ROW,
-                                    Window(x, c, plan, now), c, scale);
-    if (!good) {
-      BadRows& bad = state->bad[under_way(now.item, blocks_k)];
-      atomicMin(&bad.first, now.row);
-      atomicMax(&bad.last, now.row);
-    }
-    fence_async_proxy();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state->full[slot]));
-    Cursor ahead = now;
     #pragma unroll 1
-    for (int i = 0; i < LANDINGS; ++i) ahead.next(plan, c, item_step);
-    fetch_row(ahead, place);
+    for (int coming = 0; coming < COMINGS; ++coming) {
+      mbarrier_wait(shared_address(&state->landed[warp][place][coming]), q / LANDINGS & 1);
+      const bool good = convert<WIDE>(landing(place, coming), shared + RING_AT + slot * RING_ROW,
+                                      warp * WARP_CHANNELS + coming * COMING,
+                                      Window(x, c, plan, now), c, scale);
+      if (!good) {
+        BadRows& bad = state->bad[under_way(now.item, blocks_k)];
+        atomicMin(&bad.first, now.row);
+        atomicMax(&bad.last, now.row);
+      }
+      fence_async_proxy();
+      __syncwarp();
+      Cursor ahead = now;
+      #pragma unroll 1
+      for (int i = 0; i < LANDINGS; ++i) ahead.next(plan, c, item_step);
+      fetch_part(ahead, place, coming);
+    }
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state->full[slot]));
     now.next(plan, c, item_step);
   }
 }
