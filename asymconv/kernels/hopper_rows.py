@@ -287,7 +287,8 @@ template <bool WIDE>
 __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv& c,
                                         const Plan& plan, int blocks_k, unsigned char* shared,
                                         RingState* state, int scale) {
-  const int warp = (threadIdx.x - CONSUMERS) / 32;
+  // shuffled: so the compiler knows that it is the same for a whole warp
+  const int warp = __shfl_sync(0xffffffffu, (int)(threadIdx.x - CONSUMERS) / 32, 0);
   unsigned char* const landings = shared + warp * LANDINGS * LANDING;
   const int item_step = gridDim.x / blocks_k;
   Cursor now = {(int)blockIdx.x / blocks_k, 0};
