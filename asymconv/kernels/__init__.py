@@ -24,8 +24,8 @@ RUNGS: tuple[Rung, ...] = (
 )
 
 CANDIDATES: tuple[Rung, ...] = (k07_hopper_rows.RUNG, k08_hopper_split.RUNG)
-"""Rungs to come: right on the CPU backend, compiled, but not yet run on a GPU. Nothing dispatches to
-them and no record has them; once the H100 has seen them they move to `RUNGS`, or away."""
+"""Rungs to come: right on the CPU backend, compiled, but not yet run on a GPU. Nothing dispatches
+to them and no record has them; once the H100 has seen them they move to `RUNGS`, or away."""
 
 
 def get_rung(name: str) -> Rung:

@@ -28,8 +28,8 @@ static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
 
 // Shared memory, in bytes. Landing: rows of fp32 as they come from memory, a channel of the window
 // 144 pixels and, where rows begin anywhere within 16 bytes, up to 3 before it. Each warp of the
-// producers has 32 channels and LANDINGS rows for itself. Half of its channels come at a time: while
-// the others are converted, the next row's are on their way.
+// producers has 32 channels and LANDINGS rows for itself. Half of its channels come at a time:
+// while the others are converted, the next row's are on their way.
 constexpr int RING_W = 144, WARP_CHANNELS = 32, COMING = 16, COMINGS = WARP_CHANNELS / COMING;
 constexpr int LANDING_PITCH = (RING_W + 4) * 4, LANDING = WARP_CHANNELS * LANDING_PITCH;
 static_assert(PRODUCERS / 32 * WARP_CHANNELS == CHANNELS, "every channel has its warp");
@@ -40,7 +40,7 @@ constexpr int PIXEL = CHANNELS * 2, RING_ROW = RING_W * PIXEL, RING_HALF = RING 
 static_assert(RING_ROW % 1024 == 0, "a ring row starts a group of 8 swizzled rows");
 static_assert(RING_W >= 3 + PRODUCT_W + S - 1, "a tap's window lies in the ring row");
 static_assert(RING >= R + 1, "a row is filled while three are read");
-constexpr int ROUND = 2 * RING;  // rows after which slots and parities of barriers are the same again
+constexpr int ROUND = 2 * RING;  // rows after which slots and parities of barriers repeat
 
 // Staging: a row of outputs of each filter, from a whole sector on. 8 words further in their banks
 // from filter to filter: lanes that write 8 bytes for 4 filters meet no bank twice.
@@ -84,7 +84,7 @@ struct RingState {
   }
 };
 
-// A matrix descriptor so many bytes further on; only the address changes, which has 14 of the 64 bits.
+// A matrix descriptor so many bytes further on: only the address changes, 14 of the 64 bits.
 __device__ __forceinline__ unsigned long long moved(unsigned long long descriptor, int bytes) {
   return (descriptor & 0xffffffff00000000ull) | ((unsigned)descriptor + bytes / 16);
 }
@@ -222,10 +222,10 @@ __device__ __forceinline__ __half2 lo_of(float a, float b, __half2 hi) {
   return __floats2half2_rn(LO_SCALE * (a - __low2float(hi)), LO_SCALE * (b - __high2float(hi)));
 }
 
-// Converts 16 channels of a row, from channel0 on. A lane takes 8 channels of a pixel at a time (4, where it
-// also has to find out where a channel's row begins): neighbours read neighbouring words, and write
-// 8 different chunks, any 8 of them. Whether fp16 holds a run, 32 pixels of a channel or 16 of those
-// right of the strip, is asked only if not every value by itself is good.
+// Converts 16 channels of a row, from channel0 on. A lane takes 8 channels of a pixel at a time (4,
+// where it also has to find out where a channel's row begins): neighbours read neighbouring words,
+// and write 8 different chunks, any 8 of them. Whether fp16 holds a run, 32 pixels of a channel or
+// 16 of those right of the strip, is asked only if not every value by itself is good.
 template <bool WIDE>
 __device__ __forceinline__ bool convert(const unsigned char* landing, unsigned char* ring,
                                         int channel0, const Window& at, const Conv& c,
@@ -337,9 +337,9 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
 
 // ---- consumers
 
-// A warp's 16 filters from k0 + k on as fp16, in registers for good: fragments of wgmma's a. As one
-// half, all 64 channels; as two, hi and then lo of the 32 channels from channel0 on. Each filter has
-// its own power of two. `turn`: the warp's shared memory. Says whether fp16 holds them.
+// A warp's 16 filters from k0 + warp_k on as fp16, in registers for good: fragments of wgmma's a. As
+// one half, all 64 channels; as two, hi and then lo of the 32 channels from channel0 on. Each filter
+// has its own power of two. `turn`: the warp's shared memory. Says whether fp16 holds them.
 using Weights = unsigned[TAPS * PARTS][4];
 __device__ __forceinline__ bool load_weights(Weights& a, const float* __restrict__ w,
                                              const float* __restrict__ bias, const Conv& c, int k0,
@@ -427,7 +427,7 @@ __device__ __forceinline__ bool load_weights(Weights& a, const float* __restrict
   return good;
 }
 
-// Sums of 64 filters by 136 columns, over a warpgroup's threads as wgmma_m64n136k16_f16_ra has them.
+// Sums of 64 filters by 136 columns over a warpgroup's threads, as wgmma_m64n136k16_f16_ra does.
 using Sums = float[PRODUCT_W / 2];
 
 struct Out {

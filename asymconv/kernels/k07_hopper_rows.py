@@ -151,11 +151,9 @@ __global__ void __maxnreg__(LAUNCH_REGISTERS)
 extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
                                const Conv* c, void* stream) {
   const bool wide = c->W % 4 == 0 && (unsigned long long)x % 16 == 0;
-  const auto kernel = c->OW % 2 == 0
-                          ? (wide ? conv2d_hopper_rows<true, true> : conv2d_hopper_rows<false, true>)
-                          : (wide ? conv2d_hopper_rows<true, false>
-                                  : conv2d_hopper_rows<false, false>);
-  return launch(kernel, SHARED_BYTES, x, w, bias, y, *c, (cudaStream_t)stream);
+  const auto even = wide ? conv2d_hopper_rows<true, true> : conv2d_hopper_rows<false, true>;
+  const auto odd = wide ? conv2d_hopper_rows<true, false> : conv2d_hopper_rows<false, false>;
+  return launch(c->OW % 2 == 0 ? even : odd, SHARED_BYTES, x, w, bias, y, *c, (cudaStream_t)stream);
 }
 """
 )
