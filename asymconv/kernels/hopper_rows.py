@@ -337,9 +337,9 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
 
 // ---- consumers
 
-// A warp's 16 filters from k0 + warp_k on as fp16, in registers for good: fragments of wgmma's a. As
-// one half, all 64 channels; as two, hi and then lo of the 32 channels from channel0 on. Each filter
-// has its own power of two. `turn`: the warp's shared memory. Says whether fp16 holds them.
+// A warp's 16 filters from k0 + warp_k on as fp16, in registers for good: fragments of wgmma's a.
+// As one half, all 64 channels; as two, hi and then lo of the 32 channels from channel0 on. Each
+// filter has its own power of two. `turn`: the warp's shared memory. Says whether fp16 holds them.
 using Weights = unsigned[TAPS * PARTS][4];
 __device__ __forceinline__ bool load_weights(Weights& a, const float* __restrict__ w,
                                              const float* __restrict__ bias, const Conv& c, int k0,
