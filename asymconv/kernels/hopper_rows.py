@@ -1,10 +1,15 @@
-"""What k07 and k08 share: everything but the products.
+"""What the candidates for k07 and k08 share: everything but the products.
 
 A block keeps the weights of its filters in registers and walks down a strip of 128 columns. Rows of
 input come by bulk copies, are converted to fp16 and stand in a ring; rows of output leave by bulk
 copies. The rung says before this text how many filters a block has (BLOCK_K), how many halves stand
 for a value (HALVES: 1, or hi and lo) and how many rows may be under way (RING, LANDINGS).
 """
+
+import math
+from collections.abc import Mapping
+
+from asymconv.problem import ConvShape
 
 HOPPER_ROWS = r"""
 #include <cuda_fp16.h>
@@ -83,11 +88,6 @@ struct RingState {
     weights_bad = 0;
   }
 };
-
-// A matrix descriptor so many bytes further on: only the address changes, 14 of the 64 bits.
-__device__ __forceinline__ unsigned long long moved(unsigned long long descriptor, int bytes) {
-  return (descriptor & 0xffffffff00000000ull) | ((unsigned)descriptor + bytes / 16);
-}
 
 // The same value, of which the compiler knows nothing: it cannot compute addresses once and for
 // all and keep them, where registers are scarcer than multiplications.
@@ -570,3 +570,17 @@ static int launch(Kernel kernel, int shared_bytes, const float* x, const float* 
   return (int)cudaGetLastError();
 }
 """
+
+
+def refusal(shape: ConvShape, defines: Mapping[str, int]) -> str | None:
+    """3×3, stride 1, dilation 1, one group, up to 64 input channels; any size, padding and bias."""
+    if shape.kernel != (3, 3) or shape.stride != (1, 1) or shape.dilation != (1, 1):
+        return f"its window slides over 3×3 pixels, stride 1, dilation 1 ({shape})"
+    if shape.groups > 1 or shape.in_channels > 64:
+        return f"its ring holds 64 channels of one group ({shape})"
+    if max(math.prod(shape.input_shape[1:]), math.prod(shape.output_shape[1:])) >= 2**31:
+        return f"offsets within an image need more than 31 bits ({shape})"
+    strips = -(-shape.out_width // 128)
+    if shape.batch * strips * min(shape.out_height, 64) >= 2**31:
+        return f"its items are counted with 31 bits ({shape})"
+    return None

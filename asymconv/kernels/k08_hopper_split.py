@@ -22,13 +22,10 @@ off gives 4.7e-7, and 9.1e-7 for all channels in one chain (asymconv's CPU backe
 fp32 in plain CUDA has 4.3e-7.
 """
 
-import math
-
 from asymconv.kernels.half_range import HALF_RANGE
-from asymconv.kernels.hopper_rows import HOPPER_ROWS
+from asymconv.kernels.hopper_rows import HOPPER_ROWS, refusal
 from asymconv.kernels.ptx import BULK, HOPPER, MMA, wgmma_f16_ra
 from asymconv.kernels.rung import Rung
-from asymconv.problem import ConvShape
 
 DEFINES = {"ALIGN": 8, "RING": 4, "LANDINGS": 1}
 
@@ -221,26 +218,12 @@ extern "C" int asymconv_launch(const float* x, const float* w, const float* bias
 )
 
 
-def refuses(shape: ConvShape) -> str | None:
-    """3×3, stride 1, dilation 1, one group, up to 64 input channels; any size, padding and bias."""
-    if shape.kernel != (3, 3) or shape.stride != (1, 1) or shape.dilation != (1, 1):
-        return f"its window slides over 3×3 pixels, stride 1, dilation 1 ({shape})"
-    if shape.groups > 1 or shape.in_channels > 64:
-        return f"its ring holds 64 channels of one group ({shape})"
-    if max(math.prod(shape.input_shape[1:]), math.prod(shape.output_shape[1:])) >= 2**31:
-        return f"offsets within an image need more than 31 bits ({shape})"
-    strips = -(-shape.out_width // 128)
-    if shape.batch * strips * min(shape.out_height, 64) >= 2**31:
-        return f"its items are counted with 31 bits ({shape})"
-    return None
-
-
 RUNG = Rung(
     name="k08_hopper_split",
     idea="the same at fp32-class accuracy: values as hi + lo halves",
     notebook="07_precision",
     source=SOURCE,
-    refuses=refuses,
+    refusal=refusal,
     precision="fp32",
     capability=(9, 0),
     arch="90a",
