@@ -368,7 +368,7 @@ class Kernel:
             LaunchError: CUDA's own refusal.
             asymconv.cpu.EmulationError: the CPU run found a fault in the kernel.
         """
-        if reason := self.rung.refuses(shape):
+        if reason := self.rung.refuses(shape, self.defines):
             raise ValueError(f"{self.rung.name} does not take this shape: {reason}")
         if out is None:
             out = torch.empty(shape.output_shape, dtype=torch.float32, device=x.device)
@@ -515,6 +515,12 @@ def load(
                 for command in cpu.commands(folder, traced=traced, cxx=cxx_compiler()):
                     _run(command, folder)
     return _loaded.setdefault(key, Kernel(rung, backend, key, final / "kernel.so", defines))
+
+
+def forget(rung: Rung) -> None:
+    """Drop this process's loaded kernels of a rung, so that the next `load` goes to the cache."""
+    for key in [key for key, kernel in _loaded.items() if kernel.rung is rung]:
+        del _loaded[key]
 
 
 def _build_only(name: str, defines: Mapping[str, int]) -> None:

@@ -147,6 +147,61 @@ def profile(
 
 
 @app.command()
+def layers(
+    only: Annotated[str, typer.Option(help="Layers whose names have this, all unless told.")] = "",
+    record: WriteRecord = False,
+    output: RecordPath = None,
+) -> None:
+    """Compare nn.Conv2d with asymconv.Conv2d on layers of real networks, on this GPU."""
+    from asymconv import comparison, tables
+    from asymconv.real_layers import LAYERS
+
+    _need_gpu("layers")
+    chosen = [layer for layer in LAYERS if only.lower() in f"{layer.data}, {layer.network}".lower()]
+    if not chosen:
+        raise _fail(f"no layer has {only!r} in its name")
+    path = output or comparison.LAYERS_RECORD
+    done = None
+    with console.status("building, comparing, timing") as status:
+        # saved after each: a run that is cut off has lost nothing
+        for done in comparison.measure_layers(chosen, path=path if record else None):
+            last = done.rows[-1]
+            status.update(f"{len(done.rows)} rows, last {last.network}, {last.shape}")
+    console.print(tables.layers_rich(done))
+    for rung, (built, loaded) in done.first_use.items():
+        console.print(f"{rung}: built in {built:.1f} s, loaded from the cache in {loaded:.3f} s")
+    for call in done.overheads:
+        console.print(f"{call.what}: {call.theirs:.1f} µs, ours {call.ours:.1f} µs a call")
+    if record:
+        console.print(f"record: {path}", soft_wrap=True)
+
+
+@app.command()
+def network(
+    batch: Annotated[int, typer.Option(help="Images of 512×1024.")] = 8,
+    record: WriteRecord = False,
+    output: RecordPath = None,
+) -> None:
+    """Compare the network of notebook 09 before and after asymconv.convert, on this GPU."""
+    from asymconv import comparison, tables
+
+    _need_gpu("network")
+    with console.status("comparing, training, timing"):
+        make = comparison.notebook_network()
+        result = comparison.compare_network(make, (batch, 3, 512, 1024), "cuda")
+    table = Table(*tables.NETWORK_HEADERS, title="The network of notebook 09")
+    for row in tables.network_rows(result):
+        table.add_row(*row)
+    console.print(table)
+    for name, line in result.explained.items():
+        console.print(f"{name}: {line}", soft_wrap=True)
+    if record:
+        path = output or comparison.NETWORK_RECORD
+        result.save(path)
+        console.print(f"record: {path}", soft_wrap=True)
+
+
+@app.command()
 def figures(
     folder: Annotated[Path, typer.Option(help="Where to write the SVG files.")] = Path("figures"),
 ) -> None:

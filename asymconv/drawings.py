@@ -85,3 +85,156 @@ def layer(shape: ConvShape) -> Figure:
             ha="center",
         )
     return figure
+
+
+def _canvas(height: float, title: str, subtitle: str, foot: str) -> tuple[Figure, Axes]:
+    """An empty page to draw on in points, its lower left at (0, 0)."""
+    figure, bottom, top = page(height, title, subtitle, [foot])
+    axes = axes_at(figure, 0, bottom, WIDTH, top - bottom)
+    axes.set_axis_off()
+    axes.set_xlim(0, WIDTH)
+    axes.set_ylim(0, top - bottom)
+    return figure, axes
+
+
+def _box(axes: Axes, x: float, y: float, width: float, height: float, face: str) -> None:
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=face, edgecolor=SOFT, linewidth=0.8))
+
+
+def _write(axes: Axes, x: float, y: float, text: str, **more: object) -> None:
+    more.setdefault("fontsize", SMALL_SIZE)
+    axes.text(x, y, text, va="baseline", **more)
+
+
+def ring(slots: int = 4, taps: int = 3, steps: int = 4) -> Figure:
+    """The ring of input rows in shared memory, at some output rows in succession.
+
+    Args:
+        slots: rows of the ring, more than taps.
+        taps: rows of the kernel.
+        steps: output rows shown.
+
+    Raises:
+        ValueError: the ring has no place for a row beside those that are read.
+    """
+    if slots <= taps:
+        raise ValueError(f"a ring of {slots} rows cannot be filled while {taps} are read")
+    with style():
+        figure, axes = _canvas(
+            46 + 30 * slots,
+            f"A ring of {slots} rows: {taps} are multiplied, one is filled, none is read twice",
+            f"Shared memory while output rows 0 to {steps - 1} of a strip are made. "
+            "A row stays where it was put until its last product is done.",
+            "kernel row: wgmma reads it for all taps of that row; filled: by warps that convert",
+        )
+        left, wide, gap, high = 62.0, 118.0, 24.0, 26.0
+        top = 16 + 30 * slots
+        for slot in range(slots):
+            _write(axes, 14, top - 30 * (slot + 1) + 12, f"place {slot}", color=SOFT)
+        for step in range(steps):
+            x = left + step * (wide + gap)
+            _write(axes, x + wide / 2, top + 12, f"output row {step}", ha="center", fontsize=10)
+            for slot in range(slots):
+                y = top - 30 * (slot + 1) + 2
+                # the row of input that stands here, or comes here, while `step` is made
+                row = step + (slot - step) % slots
+                filled = row - step >= taps
+                _box(axes, x, y, wide, high, OUTPUT if filled else INPUT)
+                what = "filled" if filled else f"kernel row {row - step}"
+                _write(axes, x + 6, y + 9, f"row {row}", fontweight="bold")
+                _write(axes, x + wide - 5, y + 9, what, ha="right", color=SOFT)
+    return figure
+
+
+def shifted_window(pixels: int = 12, columns: int = 8, taps: int = 3) -> Figure:
+    """One row of the ring, and the windows that the taps of a kernel row multiply.
+
+    Args:
+        pixels: shown, each a row of 128 bytes in 8 chunks.
+        columns: of the product, shown.
+        taps: of a kernel row.
+    """
+    with style():
+        figure, axes = _canvas(
+            34 + 15 * pixels,
+            "A tap one column further right is the same data, started one pixel later",
+            "A row of the ring: each pixel 64 channels of fp16, 128 bytes in 8 chunks, "
+            "chunk i at place i ^ (pixel mod 8).",
+            "The swizzle goes by the bits of the address: wgmma's descriptor may start anywhere",
+        )
+        left, cell, high = 84.0, 30.0, 15.0
+        top = 10 + 15 * pixels
+        shades = ["#08306B", "#2166AC", "#4393C3", "#92C5DE"]
+        shades += ["#D1E5F0", "#FDDBC7", "#F4A582", "#D6604D"]
+        for pixel in range(pixels):
+            y = top - high * (pixel + 1)
+            _write(axes, left - 8, y + 4, f"pixel {pixel}", ha="right", color=SOFT)
+            for place in range(8):
+                chunk = place ^ pixel % 8
+                _box(axes, left + cell * place, y, cell, high, shades[chunk])
+                ink = "white" if chunk < 3 or chunk == 7 else INK
+                at = left + cell * (place + 0.5)
+                _write(axes, at, y + 4, str(chunk), ha="center", color=ink)
+        _write(axes, left, top + 6, "which 8 channels stand where", color=SOFT)
+        for tap in range(taps):
+            x = left + 8 * cell + 26 + 92 * tap
+            upper, lower = top - high * tap, top - high * (tap + columns)
+            bracket = [(x + 8, upper - 1), (x, upper - 1), (x, lower + 1), (x + 8, lower + 1)]
+            axes.plot(*zip(*bracket, strict=True), color=WINDOW, linewidth=1.6)
+            middle = (upper + lower) / 2
+            _write(axes, x + 8, middle + 3, f"tap {tap}:", color=WINDOW, fontweight="bold")
+            _write(axes, x + 8, middle - 9, f"from pixel {tap}", color=WINDOW)
+    return figure
+
+
+def row_starts(shape: ConvShape, rows: int = 5, sectors: int = 5, sector: int = 8) -> Figure:
+    """Where the output rows of one filter begin within sectors of 32 bytes.
+
+    Args:
+        shape: the convolution; the first filter of the first image is shown.
+        rows: output rows.
+        sectors: shown of each row.
+        sector: floats of a sector.
+    """
+    with style():
+        pitch = 4 * shape.out_width
+        split = sum(row * shape.out_width % sector != 0 for row in range(sector))
+        figure, axes = _canvas(
+            30 + 26 * rows,
+            f"{split} in {sector} rows of {pitch} bytes begin in the middle of a sector",
+            f"The first {sectors} sectors that a row touches; hatched: floats of the row before. "
+            "A strip's piece starts at the first whole sector.",
+            f"{shape}: {shape.out_width} columns out; a sector is {4 * sector} bytes",
+        )
+        left, cell = 78.0, 12.4
+        for row in range(rows):
+            y = 10 + 26 * (rows - 1 - row)
+            start = row * shape.out_width % sector
+            skip = -start % sector
+            _write(axes, left - 8, y + 6, f"row {row}", ha="right", color=SOFT)
+            for column in range(sectors * sector):
+                before = column < start
+                face = "white" if before else INPUT if column < start + skip else OUTPUT
+                x = left + cell * column
+                axes.add_patch(
+                    Rectangle(
+                        (x, y),
+                        cell,
+                        18,
+                        facecolor=face,
+                        edgecolor=SOFT,
+                        linewidth=0.4,
+                        hatch="////" if before else None,
+                    )
+                )
+                if not before:
+                    text = str(column - start)
+                    _write(axes, x + cell / 2, y + 6, text, ha="center", fontsize=7)
+            for edge in range(sectors + 1):
+                x = left + cell * sector * edge
+                axes.plot([x, x], [y - 2, y + 20], color=INK, linewidth=1.4)
+        _write(axes, left, 26 * rows + 12, "column of the output row", color=SOFT)
+        x = left + cell * sector
+        _write(axes, x + 150, 26 * rows + 12, "left to the strip before", color="#3A6EA5")
+        _write(axes, x + 290, 26 * rows + 12, "this strip's, whole sectors", color="#9A6A10")
+    return figure

@@ -179,7 +179,13 @@ def _peak_bytes(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _take_turns(runners: Sequence[_Runner], flush: torch.Tensor | None, rounds: int = 3) -> None:
+def _take_turns(
+    runners: Sequence[_Runner],
+    flush: torch.Tensor | None,
+    rounds: int = 3,
+    budget_ms: float = 1500.0,
+    warm_ms: float = WARM_MS,
+) -> None:
     """Warm up, then time every runner in each round."""
     first = []
     for runner in runners:
@@ -187,8 +193,8 @@ def _take_turns(runners: Sequence[_Runner], flush: torch.Tensor | None, rounds: 
         first.append(time_once(runner.run))
     for turn in range(rounds):
         for runner, once in zip(runners, first, strict=True):
-            count = repeats_for(once)
-            for _ in range(min(50, int(WARM_MS / once))):  # clocks settle to this method's load
+            count = max(rounds, repeats_for(once, budget_ms))
+            for _ in range(min(50, int(warm_ms / once))):  # clocks settle to this method's load
                 runner.run()
             share = count // rounds + (turn < count % rounds)
             runner.times += [time_once(runner.run, flush) for _ in range(share)]
@@ -199,6 +205,30 @@ def _flush_buffer(shape: ConvShape) -> torch.Tensor | None:
     if shape.least_bytes >= L2_MULTIPLE * cache:
         return None
     return torch.empty(2 * cache // 4, device="cuda")
+
+
+def time_calls(
+    calls: Mapping[str, Callable[[], object]],
+    shape: ConvShape,
+    *,
+    rounds: int,
+    budget_ms: float,
+    warm_ms: float,
+) -> dict[str, tuple[float, ...]]:
+    """Milliseconds of every repeat of each call on the current GPU, taking turns.
+
+    For calls that are not checked here: the caller has compared their results.
+
+    Args:
+        calls: by name.
+        shape: the convolution, whose data decide whether caches are flushed between repeats.
+        rounds: turns that each call has.
+        budget_ms: that each call may take in all, its warm-up apart.
+        warm_ms: warm-up before each turn.
+    """
+    runners = [_Runner(name, "", run) for name, run in calls.items()]
+    _take_turns(runners, _flush_buffer(shape), rounds, budget_ms, warm_ms)
+    return {runner.name: runner.timing().milliseconds for runner in runners}
 
 
 def time_methods(
@@ -272,7 +302,7 @@ FLOOR = Rung(
     idea="reads the input once and writes the output once, and computes nothing",
     notebook="00_problem",
     source=_FLOOR_SOURCE,
-    refuses=lambda shape: None,
+    refusal=lambda shape, defines: None,
     defines={"BLOCKS_PER_SM": 64},
 )
 """Not a rung: what device memory alone takes for a convolution's bytes."""
@@ -308,7 +338,7 @@ L2_READ = Rung(
     idea="reads 16 MiB from L2, many times",
     notebook="00_problem",
     source=_L2_SOURCE,
-    refuses=lambda shape: None,
+    refusal=lambda shape, defines: None,
     defines={"TURNS": L2_TURNS},
 )
 """Not a rung: what L2 delivers to the SMs."""
@@ -395,10 +425,17 @@ def check_and_time(
 def check_and_sweep(shape: ConvShape, rungs: Sequence[Rung], peers: Sequence[Peer]) -> list[Timing]:
     """Build, check and time the variants of rungs, beside peers, on the current GPU in one run.
 
+    Variants that refuse the shape are left out.
+
     Raises:
         AssertionError: a variant's result is wrong.
         BuildError: a variant does not compile.
     """
-    jobs = [(rung, variant) for rung in rungs for variant in rung.variants]
+    jobs = [
+        (rung, variant)
+        for rung in rungs
+        for variant in rung.variants
+        if not rung.refuses(shape, variant)
+    ]
     methods: list[Method] = [*build.load_all(jobs), *peers]
     return time_methods(methods, [check(method, shape, "cuda") for method in methods], shape)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from asymconv.op import conv2d
+from asymconv.layers import Conv2d
 
 
 class ModelNew(nn.Module):
     """Drop-in for `asymconv.Model`: same constructor, same weights for a seed, same state_dict.
 
-    On a CPU it gives what nn.Conv2d gives; on CUDA the best rung there is computes it, built with
-    `torch.utils.cpp_extension.load_inline` at the first call (seconds; later processes find it in
-    a cache). Rounding follows PyTorch's flags for convolutions.
+    It holds an `asymconv.Conv2d`, which computes what nn.Conv2d computes: by a rung where that is
+    faster, built with `torch.utils.cpp_extension.load_inline` at the first call (seconds; later
+    processes find it in a cache). Rounding follows PyTorch's flags for convolutions.
 
     Shapes: input (N, in_channels, H, W), output (N, out_channels, OH, OW), float32.
     Raises what nn.Conv2d raises, for the same arguments.
@@ -31,8 +31,7 @@ class ModelNew(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        # holds the parameters: initial values and state_dict keys are nn.Conv2d's own
-        self.conv2d = nn.Conv2d(
+        self.conv2d = Conv2d(
             in_channels,
             out_channels,
             kernel_size,
@@ -45,15 +44,4 @@ class ModelNew(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve x (N, C, H, W)."""
-        layer = self.conv2d
-        if isinstance(layer.padding, str):  # 'same' and 'valid', which nn.Conv2d works out itself
-            return layer(x)
-        return conv2d(
-            x,
-            layer.weight,
-            layer.bias,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-        )
+        return self.conv2d(x)

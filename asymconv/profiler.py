@@ -14,14 +14,14 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from asymconv import build, record
+from asymconv import build, cpu, record
 from asymconv.check import random_data
 from asymconv.kernels import Rung, get_rung
 from asymconv.problem import CONTRACT, ConvShape
@@ -85,6 +85,78 @@ class Counters:
     def __getitem__(self, name: str) -> float:
         """A counter by our name for it. Raises KeyError."""
         return self.values[name]
+
+
+@dataclass(frozen=True)
+class Added:
+    """What nvcc does to a rung's memory accesses beyond what its source says, on `PROOF`.
+
+    Attributes:
+        rung, counter: number of the rung, name of the counter (`METRICS`).
+        count: how many more than in the source.
+        reason: what it does.
+        sass: file under figures/data/ with the machine code.
+        line: of it, that shows it.
+    """
+
+    rung: str
+    counter: str
+    count: int
+    reason: str
+    sass: str
+    line: str
+
+
+_ONE_READ_TOO_MANY = (
+    "each turn of the channel loop reads one weight again, of four that it has read just before: "
+    "120 blocks · 8 warps · 8 channels"
+)
+
+ADDED_BY_NVCC = (
+    Added(
+        "k04",
+        "global_load_sectors",
+        256,
+        "the loop that copies the tile is unrolled by four, and what is left over, the number of "
+        "turns modulo 4, comes first. In each block's third warp half the lanes have six turns and "
+        "half have five: the one's third turn loads together with the other's second",
+        "k04_copy_loop.sass",
+        "LOP3.LUT P0, RZ, R22, 0x3, RZ, 0xc0, !PT",
+    ),
+    *(
+        Added(
+            *("k04", counter, 7680, _ONE_READ_TOO_MANY),
+            *("k04_channel_loop.sass", "LDS R17, [UR11+0x148]"),
+        )
+        for counter in ("shared_load_requests", "shared_load_wavefronts")
+    ),
+)
+"""Why the CPU backend's counts and a GPU's differ on `PROOF`, where they do."""
+
+
+def added(rung: Rung, counter: str) -> Added | None:
+    """What nvcc adds to a counter of a rung on `PROOF`, if it is known to add anything."""
+    return next((a for a in ADDED_BY_NVCC if (a.rung, a.counter) == (rung.number, counter)), None)
+
+
+def beside(lines: Sequence[cpu.LineCount], hardware: Counters) -> Iterator[tuple[str, int, int]]:
+    """The CPU backend's counts and ncu's: (name in `METRICS`, counted, measured).
+
+    A copy from global to shared memory (cp.async) is a load and a store on the CPU. ncu counts the
+    stores of copies by themselves, their requests only: those are added, and no wavefronts given.
+    """
+    copies = int(hardware["async_copy_requests"])
+    for space, second in (("global", "sectors"), ("shared", "wavefronts")):
+        for op in ("load", "store"):
+            chosen = [line for line in lines if (line.space, line.op) == (space, op)]
+            for what in ("requests", second):
+                name = f"{space}_{op}_{what}"
+                measured = int(hardware[name])
+                if copies and name == "shared_store_wavefronts":
+                    continue
+                if copies and name == "shared_store_requests":
+                    measured += copies
+                yield name, sum(getattr(line, what) for line in chosen), measured
 
 
 @dataclass(frozen=True)
@@ -179,7 +251,7 @@ def profile(
     """
     if shutil.which("ncu") is None:
         raise ProfilerError("no ncu: it comes with the CUDA toolkit (package cuda-nsight-compute)")
-    if reason := rung.refuses(shape):
+    if reason := rung.refuses(shape, defines):
         raise ValueError(f"{rung.name} does not take this shape: {reason}")
     build.load(rung, "cuda", defines=defines)  # so that ncu does not watch a compiler
     command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv"]

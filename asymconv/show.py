@@ -9,19 +9,21 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import torch
 from IPython.display import SVG, Markdown
 from matplotlib.figure import Figure
 
-from asymconv import build, cpu, plots, profiler, record
+from asymconv import build, comparison, cpu, dispatch, plots, profiler, record, tables
 from asymconv.check import check, random_data
 from asymconv.kernels import Rung
 from asymconv.problem import ConvShape
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Markdown:
-    """A Markdown table; the first column is text, the others are numbers, right-aligned."""
-    lines = [list(headers), [":--"] + ["--:"] * (len(headers) - 1)]
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1) -> Markdown:
+    """A Markdown table; the first columns are texts, the others are numbers, right-aligned."""
+    lines = [list(headers), [":--"] * texts + ["--:"] * (len(headers) - texts)]
     lines += [[str(cell) for cell in row] for row in rows]
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
@@ -53,15 +55,35 @@ def excerpt(rung: Rung, *names: str) -> Markdown:
     return Markdown("```cpp\n" + "\n\n".join(parts) + "\n```")
 
 
-def difference(before: Rung, after: Rung) -> Markdown:
-    """What a rung changes in the CUDA text of another, as a unified diff."""
+def _loop(rung: Rung, first: str) -> list[str]:
+    """The lines of the loop of a rung's text whose first line begins so; raises KeyError."""
+    lines = rung.source.splitlines()
+    found = [i for i, line in enumerate(lines) if line.lstrip().startswith(first)]
+    if len(found) != 1:
+        raise KeyError(f"{rung.name} has {len(found)} loops {first!r}")
+    begin = found[0]
+    indent = lines[begin][: -len(lines[begin].lstrip())]
+    end = next(i for i in range(begin, len(lines)) if lines[i] == indent + "}")
+    return [line.removeprefix(indent) for line in lines[begin : end + 1]]
+
+
+def difference(before: Rung, after: Rung, loop: str | None = None) -> Markdown:
+    """What a rung changes in the CUDA text of another, as a unified diff.
+
+    Args:
+        before, after: the rungs.
+        loop: how the first line of a loop begins in both; then that loop alone, whole.
+
+    Raises:
+        KeyError: one of them does not have exactly one such loop.
+    """
     lines = difflib.unified_diff(
-        before.source.strip().splitlines(),
-        after.source.strip().splitlines(),
+        before.source.strip().splitlines() if loop is None else _loop(before, loop),
+        after.source.strip().splitlines() if loop is None else _loop(after, loop),
         before.name,
         after.name,
         lineterm="",
-        n=1,
+        n=1 if loop is None else 1000,
     )
     return Markdown("```diff\n" + "\n".join(lines) + "\n```")
 
@@ -218,34 +240,30 @@ def counters(of: profiler.Profile, names: Sequence[str], rungs: Sequence[str]) -
 def proof(of: profiler.Profile, rung: Rung) -> Markdown:
     """Counts of the CPU run beside ncu's counters, on `profiler.PROOF`: the same text, both ways.
 
-    The CPU counts accesses as written in the source; ncu counts what nvcc made of them. Copies
-    from global to shared memory (cp.async) write shared memory; ncu counts them by themselves.
+    The CPU counts accesses as written in the source; ncu counts what nvcc made of them. Below the
+    table stands, for each difference that is understood, the reason and the SASS that shows it.
+    Copies from global to shared memory (cp.async) are among the shared stores.
     """
-    lines = trace(rung, profiler.PROOF)
     hardware = of.of(rung.name, profiler.PROOF)
-
-    def total(what: str, space: str, op: str) -> int:
-        chosen = [line for line in lines if (line.space, line.op) == (space, op)]
-        return sum(getattr(line, what) for line in chosen)
-
-    rows = []
-    copies = hardware["async_copy_requests"]
-    for space, op, what in (
-        *(("global", op, what) for op in ("load", "store") for what in ("requests", "sectors")),
-        *(("shared", op, what) for op in ("load", "store") for what in ("requests", "wavefronts")),
-    ):
-        counted = total(what, space, op)
-        measured = int(hardware[f"{space}_{op}_{what}"])
-        name = f"{space} {op} {what}"
-        if copies and (space, op) == ("shared", "store"):
-            if what == "wavefronts":
-                continue  # ncu has no counter for those of copies alone
-            measured, name = int(measured + copies), "copies to shared memory"
-        if counted or measured:
-            same = "same" if counted == measured else f"{100 * measured / counted - 100:+.1f} %"
-            rows.append((name, f"{counted:,}", f"{measured:,}", same))
+    rows: list[tuple[str, ...]] = []
+    notes: dict[str, list[str]] = {}  # by reason: the counters it explains
+    for counter, count, measured in profiler.beside(trace(rung, profiler.PROOF), hardware):
+        if not count and not measured:
+            continue
+        name, more = counter.replace("_", " "), measured - count
+        difference = f"{more:+,} ({100 * more / count:+.1f} %)" if more else "same"
+        rows.append((name, f"{count:,}", f"{measured:,}", difference))
+        why = profiler.added(rung, counter)
+        if why and why.count == more:
+            reason = f"{why.reason} (`{why.line}`, {why.sass})"
+            notes.setdefault(reason, []).append(f"{name} {more:+,}")
     title = f"{rung.number} on {profiler.PROOF}"
-    return table((title, "CPU run", "ncu, H100", "difference"), rows)
+    lines = table((title, "CPU run", "ncu, H100", "difference"), rows).data
+    if notes:
+        lines += "\n\nWhat nvcc adds to the source:\n"
+    for reason, counters_ in notes.items():
+        lines += f"\n- *{', '.join(counters_)}*: {reason}."
+    return Markdown(lines)
 
 
 def variants(of: record.Record, rung: str, names: Sequence[str]) -> Markdown:
@@ -281,3 +299,57 @@ def halo(rung: Rung, tiles: Sequence[tuple[int, int]], shape: ConvShape) -> Mark
         "wavefronts to read the tile",
     )
     return table(headers, rows)
+
+
+def layers(path: Path = comparison.LAYERS_RECORD) -> Markdown:
+    """The record of `asymconv layers` as a table, or that it was not taken yet."""
+    if not path.exists():
+        return _not_taken("layers")
+    of = comparison.load_layers(path)
+    made_on = f"*Medians on {of.made['gpu']}, torch {of.made['torch']}, {of.made['date']}.*"
+    rows = table(tables.LAYER_HEADERS, tables.layer_rows(of))
+    return Markdown(f"{rows.data}\n\n{made_on}")
+
+
+def calls(path: Path = comparison.LAYERS_RECORD) -> Markdown:
+    """Host time of calls on tiny layers, from the same record, or that it was not taken yet."""
+    if not path.exists():
+        return _not_taken("layers")
+    overheads = comparison.load_layers(path).overheads
+    rows = [(o.what, f"{o.theirs:.1f}", f"{o.ours:.1f}") for o in overheads]
+    return table(("µs a call", comparison.THEIRS, comparison.OURS), rows)
+
+
+def network(path: Path = comparison.NETWORK_RECORD) -> Markdown:
+    """The record of `asymconv network` as a table, or that it was not taken yet."""
+    if not path.exists():
+        return _not_taken("network")
+    of = comparison.load_network(path)
+    shape = "×".join(str(size) for size in of.input_shape)
+    rows = table(tables.NETWORK_HEADERS, tables.network_rows(of))
+    return Markdown(f"{rows.data}\n\n*{shape}, {of.made['gpu']}, {of.made['date']}.*")
+
+
+def _not_taken(command: str) -> Markdown:
+    return Markdown(f"*Not measured yet: `asymconv {command} --record` does it on a GPU.*")
+
+
+def decisions(capability: tuple[int, int], *layers: tuple[ConvShape, str, bool]) -> Markdown:
+    """What would run float32 layers on a GPU of this capability, and why.
+
+    Args:
+        capability: the GPU's.
+        layers: a shape, a layout ("NCHW", "channels_last"), and whether TF32 is allowed.
+    """
+    rows = []
+    for shape, layout, tf32 in layers:
+        facts = dispatch.Facts(
+            *("cuda", capability, torch.float32, layout, tf32),
+            *(shape.input_shape, shape.weight_shape, None),
+            *(shape.stride, shape.padding, shape.dilation, shape.groups),
+        )
+        decision = dispatch.decide(facts)
+        runs = decision.rung.number if decision.rung else "PyTorch's"
+        flags = "allowed" if tf32 else "forbidden"
+        rows.append((f"{shape}, {layout}, TF32 {flags}", runs, decision.reason))
+    return table(("layer", "runs", "because"), rows, texts=3)

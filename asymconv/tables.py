@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.table import Table
 
+from asymconv.comparison import OURS, THEIRS, Layers, Network, Row
 from asymconv.kernels import RUNGS
 from asymconv.record import Record, write_atomically
 
@@ -83,3 +85,62 @@ def with_table(readme: str, record: Record) -> str:
 def update_readme(path: Path, record: Record) -> None:
     """Write the table into a README. Raises ValueError (`with_table`)."""
     write_atomically(path, with_table(path.read_text(), record))
+
+
+LAYER_HEADERS = ("layer", "batch", "kernel", "forward, ms", "×", "with backward, ms", "×")
+
+
+def layer_rows(layers: Layers) -> Iterator[tuple[str, ...]]:
+    """A row for each layer and batch, both directions: see `LAYER_HEADERS`.
+
+    Milliseconds are medians of nn.Conv2d and of asymconv.Conv2d; × is the first over the second.
+    """
+    together: dict[tuple, dict[bool, Row]] = {}
+    for row in layers.rows:
+        key = (row.data, row.network, row.shape, row.tf32)
+        together.setdefault(key, {})[row.training] = row
+    for (data, network, shape, tf32), directions in together.items():
+        name = f"{data}: {network}, {str(shape.with_(batch=1)).removeprefix('1×')}"
+        runs = directions[False].runs
+        cells = []
+        for training in (False, True):
+            if row := directions.get(training):
+                times = f"{_number(row.median(THEIRS))} → {_number(row.median(OURS))}"
+                cells += [times, f"{row.ratio:.2f}"]
+            else:
+                cells += ["", ""]
+        flags = "" if tf32 else ", TF32 forbidden"
+        kernel = runs.split("_")[0] if runs else "PyTorch's"
+        yield name + flags, str(shape.batch), kernel, *cells
+
+
+def layers_rich(layers: Layers) -> Table:
+    """The table of layers for a terminal."""
+    caption = f"medians on {layers.made['gpu']}, torch {layers.made['torch']}"
+    table = Table(LAYER_HEADERS[0], title=f"{THEIRS} → {OURS}", caption=caption)
+    for header in LAYER_HEADERS[1:]:
+        table.add_column(header, justify="right")
+    for row in layer_rows(layers):
+        table.add_row(*row)
+    return table
+
+
+NETWORK_HEADERS = ("", THEIRS, OURS)
+
+
+def network_rows(network: Network) -> Iterator[tuple[str, str, str]]:
+    """What is compared, before and after `convert`; times and memory where there was a GPU."""
+
+    def both(what: str, values: dict[str, str]) -> tuple[str, str, str]:
+        return what, values[THEIRS], values[OURS]
+
+    yield both("logits, error", {n: f"{e:.1e}" for n, e in network.errors.items()})
+    for step in range(len(network.losses[THEIRS])):
+        losses = {n: f"{values[step]:.6f}" for n, values in network.losses.items()}
+        yield both(f"loss, step {step + 1}", losses)
+    for what, times in (("forward, ms", network.forward), ("training step, ms", network.training)):
+        if times:
+            yield both(what, {n: f"{statistics.median(t):.1f}" for n, t in times.items()})
+    if network.peak_bytes:
+        memory = {n: f"{b / 1e9:.2f}" for n, b in network.peak_bytes.items()}
+        yield both("peak memory in training, GB", memory)

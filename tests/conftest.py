@@ -30,4 +30,19 @@ def flags():
     cudnn = torch.backends.cudnn
     before = cudnn.conv.fp32_precision, cudnn.benchmark
     yield
+    cudnn.allow_tf32 = True  # the legacy setting cannot be read where the new ones differ from it
     cudnn.conv.fp32_precision, cudnn.benchmark = before
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The rungs that were called, by number."""
+    numbers: list[str] = []
+    call = build.Kernel.__call__
+
+    def spy(self: build.Kernel, *args: object, **kwargs: object) -> torch.Tensor:
+        numbers.append(self.rung.number)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(build.Kernel, "__call__", spy)
+    return numbers

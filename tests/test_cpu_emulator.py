@@ -36,6 +36,105 @@ PRELUDE = r"""
   }
 """
 
+TURNS = {
+    "skipped": """
+  for (int i = 0; i < 4; ++i) {
+    if ((i + lane) % 2) sum += x[i * 32 + lane];  // @skipped
+  }""",
+    "skipped_by_continue": """
+  for (int i = 0; i < 4; ++i) {
+    if (i == lane % 4) continue;
+    sum += x[i * 32 + lane];  // @skipped_by_continue
+  }""",
+    "skipped_in_while": """
+  int i = 0;
+  while (i < 4) {
+    ++i;
+    if ((i + lane) % 2) sum += x[i * 32 + lane];  // @skipped_in_while
+  }""",
+    "skipped_in_do": """
+  int i = 0;
+  do {
+    if ((i + lane) % 2) continue;
+    sum += x[i * 32 + lane];  // @skipped_in_do
+  } while (++i < 4);""",
+    "skipped_in_forever": """
+  int next = 0;
+  for (;;) {
+    if (next == 4) break;
+    const int i = next++;
+    if ((i + lane) % 2) continue;
+    sum += x[i * 32 + lane];  // @skipped_in_forever
+  }""",
+    "skipped_in_switch": """
+  for (int i = 0; i < 4; ++i) {
+    switch ((i + lane) % 4) {
+      case 0: continue;
+      case 1: break;
+      default: sum += x[i * 32 + lane];  // @skipped_in_switch
+    }
+  }""",
+    "two_conditions": """
+  for (int i = 0; i < lane % 2 * 4 || i < 4; ++i) {
+    if ((i + lane) % 2) sum += x[i * 32 + lane];  // @two_conditions
+  }""",
+    "fewer_turns": """
+  for (int i = lane; i < 80; i += 32) {
+    sum += x[i];  // @fewer_turns
+  }""",
+    "later_start": """
+  for (int i = lane < 16 ? 0 : 1; i < 3; ++i) {
+    sum += x[i * 32 + lane];  // @later_start
+  }""",
+    "left_early": """
+  for (int i = 0; i < 4; ++i) {
+    if (i == lane / 8) break;
+    sum += x[i * 32 + lane];  // @left_early
+  }""",
+    "nested": """
+  for (int i = 0; i < 3; ++i) {
+    for (int j = 0; j < 3; ++j) {
+      if (lane < 8 * (1 + (i + j) % 4)) sum += x[(3 * i + j) * 32 + lane];  // @nested
+    }
+  }""",
+    "nested_turns": """
+  for (int i = 0; i < 3; ++i) {
+    for (int j = 0; j <= (lane + i) % 3; ++j) {
+      sum += x[(3 * i + j) * 32 + lane];  // @nested_turns
+    }
+  }""",
+    "nested_whiles": """
+  int i = 0, n = 0;
+  while (++i <= 3) while (n < i + lane % 2) sum += x[32 * n++ + lane];  // @nested_whiles
+  """,
+    "do_in_forever": """
+  int i = 0, n = 0;
+  for (;;) {
+    if (++i > 3) break;
+    do sum += x[32 * n++ + lane];  // @do_in_forever
+    while (n < i + lane % 2);
+  }""",
+    "turns_without_access": """
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < lane; ++j) {
+      for (int k = 0; k < 3; ++k) sum += j;
+    }
+    if ((i + lane) % 2) sum += x[i * 32 + lane];  // @turns_without_access
+  }""",
+    "called": """
+  for (int i = 0; i < 4; ++i) {
+    if ((i + lane) % 2) {
+      sum += read(x + i * 32 + lane);
+    } else if (i < 2) {
+      sum += read(x + 512 + i * 32 + lane);
+    }
+  }""",
+    "skipped_for_long": """
+  for (int i = 0; i < 9000; ++i) {
+    if ((i + lane) % 2) sum += x[lane];  // @skipped_for_long
+  }""",
+}
+
 COUNTED = (
     PRELUDE
     + r"""
@@ -53,6 +152,12 @@ __global__ void vector4(const float* x, float* y) {
   ((float4*)y)[threadIdx.x] = reinterpret_cast<const float4*>(x)[threadIdx.x];  // @vector4
 }
 LAUNCH(vector4, 1, 32, 0)
+
+// 16 bytes into a sector: a quarter of a warp, 128 bytes, touches 5
+__global__ void vector4_shifted(const float* x, float* y) {
+  ((float4*)y)[threadIdx.x] = ((const float4*)x)[threadIdx.x + 1];  // @vector4_shifted
+}
+LAUNCH(vector4_shifted, 1, 32, 0)
 
 __global__ void vector2(const float* x, float* y) {
   const float2 v = __ldg(reinterpret_cast<const float2*>(x) + threadIdx.x);  // @vector2
@@ -189,6 +294,10 @@ __global__ void matrices(const float* x, float* y) {
 }
 LAUNCH(matrices, 1, 32, 0)
 
+__device__ __noinline__ float read(const float* p) {
+  return *p;  // @called
+}
+
 // a loop long enough that lanes must be let catch up; one lane alone goes on for as long again
 __global__ void long_loop(const float* x, float* y) {
   float sum = 0.0f;
@@ -200,6 +309,19 @@ __global__ void long_loop(const float* x, float* y) {
 }
 LAUNCH(long_loop, 1, 32, 0)
 """
+    # what each lane does in a loop; the lanes of a warp meet again at the end of every turn
+    + "".join(
+        f"""
+__global__ void {name}(const float* x, float* y) {{
+  const int lane = threadIdx.x;
+  float sum = 0.0f;
+  {text}
+  y[lane] = sum;
+}}
+LAUNCH({name}, 1, 32, 0)
+"""
+        for name, text in TURNS.items()
+    )
 )
 
 CHECKED = (
@@ -902,6 +1024,7 @@ def count_of(
         ("strided", "load", 4, 1, 32, 32),
         ("vector4", "load", 16, 1, 16, 32),
         ("vector4", "store", 16, 1, 16, 32),
+        ("vector4_shifted", "load", 16, 1, 20, 32),
         ("vector2", "load", 8, 1, 8, 32),
         ("offset", "load", 4, 1, 5, 32),
         ("broadcast", "load", 4, 3, 3, 96),
@@ -915,6 +1038,25 @@ def count_of(
         ("cp_async", "load", 16, 1, 16, 31),  # 30 * 16 + 8 bytes; the lane of 0 bytes reads nothing
         ("long_loop", "load", 4, 3000, 12000, 96000),
         ("long_lane", "load", 4, 3000, 3000, 3000),
+        # a lane that skips a turn does not join its next one with the others' present one
+        ("skipped", "load", 4, 4, 16, 64),
+        ("skipped_by_continue", "load", 4, 4, 16, 96),
+        ("skipped_in_while", "load", 4, 4, 16, 64),
+        ("skipped_in_do", "load", 4, 4, 16, 64),
+        ("skipped_in_forever", "load", 4, 4, 16, 64),
+        ("skipped_in_switch", "load", 4, 4, 16, 64),
+        ("two_conditions", "load", 4, 4, 16, 64),
+        ("fewer_turns", "load", 4, 3, 10, 80),
+        ("later_start", "load", 4, 3, 10, 80),  # i = 0 for one half, 1 for the other, together
+        ("left_early", "load", 4, 3, 6, 48),
+        ("nested", "load", 4, 9, 23, 184),
+        ("nested_turns", "load", 4, 9, 36, 192),
+        # 1, 1 and 1 turns for even lanes, 2, 1 and 1 for odd ones, which are one n ahead then
+        ("nested_whiles", "load", 4, 4, 24, 112),
+        ("do_in_forever", "load", 4, 4, 24, 112),
+        ("turns_without_access", "load", 4, 4, 16, 64),
+        ("called", "load", 4, 6, 24, 96),  # a request for each of the two calls
+        ("skipped_for_long", "load", 4, 9000, 36000, 144000),
     ],
 )
 def test_global_counts(programs, kernel, op, width, requests, sectors, lanes):
@@ -967,7 +1109,7 @@ def test_counts_are_sorted_and_forgotten_by_the_next_call(programs):
 
 def test_counts_do_not_depend_on_the_order_of_threads(programs):
     program = programs(COUNTED)
-    for kernel in ("column32", "long_loop", "matrices", "ragged", "predicated"):
+    for kernel in ("column32", "long_loop", "matrices", "ragged", "predicated", *TURNS):
         run(program, kernel, trace=True)
         expected = program.counts()
         run(program, kernel, trace=True, order_seed=3)

@@ -62,3 +62,20 @@ def test_nothing_stands_at_the_top_level_but_what_should() -> None:
         *("pyproject.toml", ".ci", ".gitignore"),
     }
     assert {path.split("/")[0] for path in listed} <= allowed
+
+
+WITHOUT_JUPYTER = """
+import sys
+for name in ("IPython", "nbconvert", "nbformat", "papermill"):
+    sys.modules[name] = None
+import pytest
+sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:nbval", "-o", "addopts=", sys.argv[1]]))
+"""
+
+
+def test_tests_are_collected_without_jupyter() -> None:
+    """A GPU machine may have torch and pytest alone; the tests that need it must run there."""
+    command = [sys.executable, "-c", WITHOUT_JUPYTER, str(ROOT / "tests")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+    assert "test_timing_on_this_gpu" in done.stdout

@@ -222,3 +222,24 @@ def test_the_layers_picture_shows_its_sizes() -> None:
     text = plots.svg(drawings.layer(CONTRACT))
     for word in ("1024 columns", "1022 columns", "input: 64 channels", "533,729,280 outputs"):
         assert word in text
+
+
+def test_the_ring_keeps_a_row_in_its_place() -> None:
+    text = plots.svg(drawings.ring(slots=4, taps=3, steps=4))
+    for row, times in ((0, 1), (2, 3), (3, 4), (6, 1)):  # filled once, read three times
+        assert text.count(f">row {row}<") == times
+    assert text.count(">filled<") == 4
+    with pytest.raises(ValueError, match="cannot be filled"):
+        drawings.ring(slots=3, taps=3)
+
+
+def test_the_window_shows_the_swizzle() -> None:
+    text = plots.svg(drawings.shifted_window(pixels=9))
+    assert text.count(">from pixel 2<") == 1
+    assert text.count(">7<") == 9  # each pixel has each chunk once
+
+
+def test_rows_start_where_the_shape_says() -> None:
+    text = plots.svg(drawings.row_starts(CONTRACT))
+    assert "6 in 8 rows of 4088 bytes begin in the middle of a sector" in text
+    assert "0 in 8 rows of 4096 bytes" in plots.svg(drawings.row_starts(CONTRACT.with_(width=1026)))

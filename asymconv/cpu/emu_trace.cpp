@@ -5,13 +5,12 @@
 // linked: these hooks check bounds and alignment, look for races in shared memory, and count what
 // the memory system of a GPU would do.
 //
-// A GPU executes a load for a warp at once: one request. Here the lanes of a warp come one after
-// the other, and what belongs to one request is: the same code address, of one warp, executed for
-// the n-th time by each of its lanes since they last met at a barrier. Where lanes of a warp reach
-// the same load in different turns of a loop, that rule joins what hardware would issue apart.
+// A GPU executes a load for a warp at once: one request. Here the lanes of a warp come one after the
+// other; each leaves a track, and `follow` puts the warp together again.
 #include <pthread.h>
 
 #include <algorithm>
+#include <limits>
 #include <unordered_map>
 
 #include "emu_runtime.h"
@@ -24,7 +23,8 @@ constexpr int kSectorBytes = 32;
 constexpr int kBanks = 32;
 constexpr int kBankBytes = 4;
 constexpr std::size_t kKeptRequests = 32;  // of a site, to be looked at
-constexpr std::size_t kOpenRequests = 512; // of a site and warp, before others are let catch up
+constexpr std::size_t kTrackEvents = 2048; // of a lane, before others are let catch up
+constexpr int kPatience = 64;              // how often they are at a time
 
 enum Space { kIgnored, kGlobal, kShared };
 
@@ -33,7 +33,6 @@ struct Request {
   int warp;
   uint3 block_index;
   unsigned lanes = 0;
-  bool counted = false;
   unsigned char bytes[kWarp];
   std::uintptr_t address[kWarp];
 };
@@ -49,15 +48,6 @@ struct Site {
   std::vector<Request> kept;
 };
 
-// The open requests of a site and warp, a queue: open[done] is the one of the `first`-th execution.
-struct Stream {
-  std::vector<Request> open;
-  std::size_t done = 0;
-  std::size_t first = 0;
-
-  std::size_t size() const { return open.size() - done; }
-};
-
 struct Buffer {
   std::uintptr_t begin;
   std::size_t size;
@@ -69,22 +59,28 @@ std::vector<Buffer> buffers;  // by address
 Range main_stack;             // of the thread that calls: launch arguments live there
 std::vector<Site> sites;
 std::unordered_map<std::uint64_t, int> site_of_key;
-std::vector<Stream> streams[kMaxWarps];            // [warp][site]
-std::vector<std::size_t> executed[kMaxThreads];    // [thread][site], since the last barrier
 
 // --------------------------------------------------------------------------------------- counts
 
-// A global access takes one sector for every 32 bytes that its lanes touch together.
-int sectors_of(const Request& r) {
+// Lanes of a global access take one sector for every 32 bytes that they touch together.
+int sectors_of(const Request& r, int first, int lanes) {
   std::uintptr_t touched[kWarp * 2];
   int n = 0;
-  for (int l = 0; l < kWarp; ++l) {
+  for (int l = first; l < first + lanes; ++l) {
     if (!(r.lanes >> l & 1)) continue;
     const std::uintptr_t last = (r.address[l] + r.bytes[l] - 1) / kSectorBytes;
     for (std::uintptr_t s = r.address[l] / kSectorBytes; s <= last; ++s) touched[n++] = s;
   }
   std::sort(touched, touched + n);
   return static_cast<int>(std::unique(touched, touched + n) - touched);
+}
+
+// Loads of 16 bytes go by quarter warps, and a sector at the seam of two counts twice: where rows
+// start in the middle of a sector, an H100 counts 20 for 512 bytes in a row and not 17
+// (figures/data/counters_k05_first.json; "four memory requests, one for each quarter-warp", said the
+// CUDA C Programming Guide of compute capability 2.x).
+int lanes_loaded_at_once(int bytes) {
+  return bytes == 16 ? kWarp / 4 : kWarp;
 }
 
 // Shared memory serves 32 words a wavefront, one from each bank. Accesses wider than a word go by
@@ -115,13 +111,14 @@ Wavefronts wavefronts_of(const Request& r, int first, int lanes) {
   return {worst, static_cast<int>(end - words + kBanks - 1) / kBanks};
 }
 
-void count(Site& site, Request& request) {
-  if (request.counted || !request.lanes) return;
-  request.counted = true;
+void count(Site& site, const Request& request) {
   ++site.requests;
   site.lanes += __builtin_popcount(request.lanes);
   if (site.space == kGlobal) {
-    site.sectors += sectors_of(request);
+    const int lanes = site.op == kLoad ? lanes_loaded_at_once(site.bytes) : kWarp;
+    for (int first = 0; first < kWarp; first += lanes) {
+      site.sectors += sectors_of(request, first, lanes);
+    }
   } else {
     const int lanes = lanes_at_once(site.bytes);
     for (int first = 0; first < kWarp; first += lanes) {
@@ -133,87 +130,241 @@ void count(Site& site, Request& request) {
   if (site.kept.size() < kKeptRequests) site.kept.push_back(request);
 }
 
-// Counts what is open at a site, and lets the lanes of the warp count their executions anew.
-void close(int warp, std::size_t site) {
-  Stream& stream = streams[warp][site];
-  for (std::size_t i = stream.done; i < stream.open.size(); ++i) {
-    count(sites[site], stream.open[i]);
+// ----------------------------------------------------------------- the warp, put together again
+
+// Hardware keeps the lanes of a warp together where it can: after a branch they meet again, and with
+// every turn of a loop. What a lane did stands in its track: accesses, and jumps back to the head of
+// a loop. From the tracks of a warp, the lanes whose next event is the earliest in the code go first,
+// and together if it is the same one (S. Collange, "Stack-less SIMT reconvergence at low cost", 2011,
+// hal-00622654). One that jumps back waits at the loop's end for those that are still in that turn.
+// Calls count as if they were inlined, as nvcc does it: what happens in one happens where it is made.
+//
+// For this the compiler calls a hook in every basic block (-fsanitize-coverage=trace-pc), whose
+// addresses are in the order of the source (-O0), and at both ends of every function.
+
+std::uint32_t in_library(const void* pc) {
+  return static_cast<std::uint32_t>(static_cast<const unsigned char*>(pc) - library.begin);
+}
+
+// Calls that a lane is in: the last made at address `call`, within the calls `parent`.
+struct Calls {
+  std::uint32_t parent, call, depth;
+};
+std::vector<Calls> all_calls = {{0, 0, 0}};
+std::unordered_map<std::uint64_t, std::uint32_t> number_of_calls;
+
+struct Place {
+  std::uint32_t calls, pc;  // number in all_calls; address in the innermost function
+
+  bool operator==(Place other) const { return calls == other.calls && pc == other.pc; }
+};
+
+// The same place in terms of the caller.
+Place outward(Place p) {
+  return {all_calls[p.calls].parent, all_calls[p.calls].call};
+}
+
+// -1, 0, 1: a comes before b in the code, is b, comes after it.
+__attribute__((noinline)) int compare(Place a, Place b) {
+  while (a.calls != b.calls) {  // to the function that both are in
+    const std::uint32_t depth = all_calls[a.calls].depth, other = all_calls[b.calls].depth;
+    if (depth >= other) a = outward(a);
+    if (other >= depth) b = outward(b);
   }
-  stream.open.clear();
-  stream.done = stream.first = 0;
-  const int end = std::min(block.size, (warp + 1) * kWarp);
-  for (int t = warp * kWarp; t < end; ++t) {
-    if (site < executed[t].size()) executed[t][site] = 0;
+  return a.pc < b.pc ? -1 : a.pc > b.pc;
+}
+
+struct Loop {
+  std::uint32_t head, end;  // addresses: of the first block, of the last jump back to it
+};
+std::vector<Loop> loops;
+std::unordered_map<std::uint32_t, std::size_t> loop_with_head;
+
+struct Event {
+  Place at;
+  int site;                // of an access; kTurn: jumps back, `at` is the loop's first block
+  int count;               // bytes touched; jumps with no access between
+  std::uintptr_t address;  // number in loops
+
+  Event(Place at, int site, int count, std::uintptr_t address)
+      : at(at), site(site), count(count), address(address) {}
+};
+constexpr int kTurn = -1;
+
+struct Track {
+  std::uint32_t calls = 0;
+  Place last{};  // access or block
+  std::vector<Event> events;
+  std::size_t done = 0;
+};
+Track tracks[kMaxThreads];
+
+// -1, 1: a comes before b, after it; 0: they are executed together.
+int compare(const Event& a, const Event& b) {
+  if (a.site == b.site && a.at == b.at) return 0;
+  const bool turns[] = {a.site == kTurn, b.site == kTurn};
+  const Place place_a = turns[0] ? Place{a.at.calls, loops[a.address].end} : a.at;
+  const Place place_b = turns[1] ? Place{b.at.calls, loops[b.address].end} : b.at;
+  if (const int order = compare(place_a, place_b)) return order;
+  if (turns[0] && turns[1]) return a.at.pc > b.at.pc ? -1 : a.at.pc < b.at.pc;  // the inner loop's
+  if (turns[0] || turns[1]) return turns[0] - turns[1];
+  // one instruction that is two accesses: a copy loads, then stores
+  const Op op_a = sites[static_cast<std::size_t>(a.site)].op;
+  const Op op_b = sites[static_cast<std::size_t>(b.site)].op;
+  return op_a != op_b ? (op_a < op_b ? -1 : 1) : (a.site > b.site) - (a.site < b.site);
+}
+
+void count_together(int warp, unsigned lanes, const Event& event) {
+  Request request;
+  request.warp = warp;
+  request.block_index = blockIdx;
+  request.lanes = lanes;
+  for (int l = 0; l < kWarp; ++l) {
+    if (!(lanes >> l & 1)) continue;
+    const Track& track = tracks[warp * kWarp + l];
+    request.address[l] = track.events[track.done].address;
+    request.bytes[l] = static_cast<unsigned char>(track.events[track.done].count);
+  }
+  count(sites[static_cast<std::size_t>(event.site)], request);
+}
+
+// Until the first of them makes an access again, or leaves the loop.
+void turn_together(int warp, unsigned lanes) {
+  const auto next = [&](int l) -> Event& {
+    Track& track = tracks[warp * kWarp + l];
+    return track.events[track.done];
+  };
+  int turns = std::numeric_limits<int>::max();
+  for (int l = 0; l < kWarp; ++l) {
+    if (lanes >> l & 1) turns = std::min(turns, next(l).count);
+  }
+  for (int l = 0; l < kWarp; ++l) {
+    if ((lanes >> l & 1) && !(next(l).count -= turns)) ++tracks[warp * kWarp + l].done;
   }
 }
 
-void close_warp(int warp) {
-  for (std::size_t site = 0; site < streams[warp].size(); ++site) close(warp, site);
+// Takes a warp along its tracks: as far as they go, or else until a lane that could run on has
+// nothing more in its own, since it may be the one to go first.
+void follow(int warp, bool to_the_end) {
+  const int first_thread = warp * kWarp, n = std::min(block.size - first_thread, kWarp);
+  for (;;) {
+    const Event* earliest = nullptr;
+    unsigned lanes = 0;
+    bool unknown = false;
+    for (int l = 0; l < n; ++l) {
+      const Track& track = tracks[first_thread + l];
+      if (track.done == track.events.size()) {
+        const Thread& thread = block.threads[first_thread + l];
+        unknown |= !thread.exited && !thread.wait.what;
+        continue;
+      }
+      const Event& event = track.events[track.done];
+      const int order = earliest ? compare(event, *earliest) : -1;
+      if (order < 0) {
+        earliest = &event;
+        lanes = 0;
+      }
+      if (order <= 0) lanes |= 1u << l;
+    }
+    if (!earliest || (unknown && !to_the_end)) break;
+    if (earliest->site == kTurn) {
+      turn_together(warp, lanes);
+    } else {
+      count_together(warp, lanes, *earliest);
+      for (int l = 0; l < n; ++l) tracks[first_thread + l].done += lanes >> l & 1;
+    }
+  }
+  for (int l = 0; l < n; ++l) {
+    Track& track = tracks[first_thread + l];
+    track.events.erase(track.events.begin(),
+                       track.events.begin() + static_cast<std::ptrdiff_t>(track.done));
+    track.done = 0;
+  }
 }
 
 void close_block() {
-  for (int warp = 0; warp * kWarp < block.size; ++warp) close_warp(warp);
+  for (int warp = 0; warp * kWarp < block.size; ++warp) follow(warp, true);
 }
 
-Request* find(Stream& stream, std::size_t n) {
-  const std::size_t i = n - stream.first + stream.done;
-  return i < stream.open.size() ? &stream.open[i] : nullptr;
-}
-
-Request* append(Stream& stream, int warp) {
-  stream.open.emplace_back();
-  stream.open.back().warp = warp;
-  stream.open.back().block_index = blockIdx;
-  return &stream.open.back();
-}
-
-// Requests that no further lane can join make room.
-void drop_counted(Stream& stream) {
-  while (stream.size() && stream.open[stream.done].counted) {
-    ++stream.done;
-    ++stream.first;
-  }
-  if (!stream.size()) {
-    stream.open.clear();
-    stream.done = 0;
+// A lane that runs far ahead of its warp lets the others catch up, so that tracks stay bounded.
+void let_others_catch_up(const Track& track) {
+  for (int turn = 1; track.events.size() >= kTrackEvents; ++turn) {
+    yield();
+    follow(self->number / kWarp, turn == kPatience);
   }
 }
 
-// The request that the running lane's next execution of a site belongs to. A lane that runs far
-// ahead of its warp lets the others catch up, so that what is open stays bounded; what they do not
-// join even then belongs to lanes that went another way, and is closed.
-Request& next_request(int warp, std::size_t site) {
-  for (bool waited = false;; waited = true) {
-    Stream& stream = streams[warp][site];
-    const std::size_t n = executed[self->number][site];
-    Request* request = find(stream, n);
-    if (!request && stream.size() < kOpenRequests) request = append(stream, warp);
-    if (request) {
-      ++executed[self->number][site];
-      return *request;
-    }
-    if (waited) {
-      close(warp, site);
-    } else {
-      yield();
-    }
+void add_event(Track& track, Place at, int site, int count, std::uintptr_t address) {
+  if (track.events.size() >= kTrackEvents) let_others_catch_up(track);
+  track.events.emplace_back(at, site, count, address);
+}
+
+void add_access(int site, const void* pc, std::uintptr_t address, int bytes) {
+  Track& track = tracks[self->number];
+  track.last = {track.calls, in_library(pc)};
+  add_event(track, track.last, site, bytes, address);
+}
+
+std::size_t loop_number(std::uint32_t head) {
+  static std::size_t last[1024];  // most turns are of few loops
+  std::size_t& number = last[head % 1024];
+  if (number >= loops.size() || loops[number].head != head) {
+    const auto [found, is_new] = loop_with_head.emplace(head, loops.size());
+    if (is_new) loops.push_back({head, 0});
+    number = found->second;
+  }
+  return number;
+}
+
+// Whether the lane that jumps from `from` back to `to` has left the loop of an event, made no access
+// after its last turn there, and so keeps nobody waiting by it.
+bool is_over(const Event& turn, Place from, Place to) {
+  return turn.site == kTurn && turn.at.calls == to.calls && turn.at.pc > to.pc &&
+         loops[turn.address].end < from.pc;
+}
+
+// The running lane comes to a basic block that lies before the last one, or is it.
+__attribute__((noinline)) void jump_back(Track& track, Place from, Place to) {
+  while (all_calls[from.calls].depth > all_calls[to.calls].depth) from = outward(from);
+  std::vector<Event>& events = track.events;
+  while (!events.empty() && is_over(events.back(), from, to)) events.pop_back();
+  const bool again = !events.empty() && events.back().site == kTurn && events.back().at == to;
+  const std::size_t loop = again ? events.back().address : loop_number(to.pc);
+  loops[loop].end = std::max(loops[loop].end, from.pc);
+  if (again) {
+    ++events.back().count;
+  } else {
+    add_event(track, to, kTurn, 1, loop);
   }
 }
 
-void add_to_request(std::size_t site, std::uintptr_t address, int bytes) {
-  const int warp = self->number / kWarp;
-  if (executed[self->number].size() <= site) executed[self->number].resize(sites.size());
-  if (streams[warp].size() <= site) streams[warp].resize(sites.size());
+// Forward jumps leave no trace: where a lane waits for others is told by its next access.
+void enter_basic_block(const void* pc) {
+  Track& track = tracks[self->number];
+  const Place from = track.last, at{track.calls, in_library(pc)};
+  track.last = at;
+  const bool forward = from.calls == at.calls ? from.pc < at.pc : compare(from, at) < 0;
+  if (!forward) jump_back(track, from, at);
+}
 
-  Request& request = next_request(warp, site);
-  request.lanes |= 1u << lane();
-  request.address[lane()] = address;
-  request.bytes[lane()] = static_cast<unsigned char>(bytes);
-  const unsigned live = block.warps[warp].live;
-  if ((request.lanes & live) == live) {
-    count(sites[site], request);
-    drop_counted(streams[warp][site]);
+void enter_function(const void* call) {
+  Track& track = tracks[self->number];
+  const std::uint32_t caller = track.calls, pc = in_library(call);
+  static std::uint32_t last[1024];  // most calls are a few
+  std::uint32_t& number = last[(pc ^ caller << 4) % 1024];
+  if (!number || all_calls[number].parent != caller || all_calls[number].call != pc) {
+    const std::uint64_t key = std::uint64_t{caller} << 32 | pc;
+    const auto next = static_cast<std::uint32_t>(all_calls.size());
+    const auto [found, is_new] = number_of_calls.emplace(key, next);
+    if (is_new) all_calls.push_back({caller, pc, all_calls[caller].depth + 1});
+    number = found->second;
   }
+  track.calls = number;
+}
+
+void leave_function() {
+  Track& track = tracks[self->number];
+  track.calls = all_calls[track.calls].parent;
 }
 
 // ------------------------------------------------------------------------- where an address lies
@@ -242,10 +393,7 @@ const char* verb(Op op) {
 }
 
 // Python puts the line for `{pc:...}` (1: of the caller of the wrapper) and a name for `{buffer:}`.
-#define EMU_PC "line {pc:%zx:%d}"
-std::size_t in_library(const void* pc) {
-  return static_cast<std::size_t>(static_cast<const unsigned char*>(pc) - library.begin);
-}
+#define EMU_PC "line {pc:%x:%d}"
 
 [[noreturn]] void out_of_shared(std::uintptr_t address, int bytes, Op op, const void* pc,
                                 bool wrapped) {
@@ -291,10 +439,13 @@ const Buffer* buffer_of(std::uintptr_t address) {
   return address - b.begin < b.size ? &b : nullptr;
 }
 
+bool is_local(const void* p) {
+  return Range{fiber->stack, kStackBytes}.contains(p);
+}
+
 // Ends the call if no memory of the kernel's lies there.
 Space space_of(const void* p, int bytes, Op op, const void* pc, bool wrapped) {
-  const Range stack{fiber->stack, kStackBytes};
-  if (stack.contains(p)) return kIgnored;  // local variables
+  if (is_local(p)) return kIgnored;
 
   const auto address = reinterpret_cast<std::uintptr_t>(p);
   const Range room{dynamic_shared_room, kSharedMargin + kMaxDynamicShared + kSharedMargin};
@@ -455,7 +606,7 @@ void note(const void* p, int bytes, int touched, Op op, const void* pc, bool wra
   }
   const int site = site_number(pc, space, op, bytes, wrapped);
   if (checking_races && space == kShared) check_race(p, touched, op, *self, site);
-  if (counting) add_to_request(static_cast<std::size_t>(site), address, touched);
+  if (counting) add_access(site, pc, address, touched);
 }
 
 bool watching() {
@@ -511,7 +662,7 @@ int copy_store_site(const Copy& copy) {
 }  // namespace
 
 void access(const void* p, int bytes, Op op, const void* pc) {
-  if (watching()) note(p, bytes, bytes, op, pc, false);
+  if (watching() && !is_local(p)) note(p, bytes, bytes, op, pc, false);
 }
 
 void copy_begins(const Copy& copy) {
@@ -589,6 +740,12 @@ void take_over(const Thread& thread, const View& from) {
 
 void begin_block() {
   first_epoch = ++epoch;
+  for (int t = 0; t < block.size; ++t) {  // after an error, tracks end anywhere
+    tracks[t].calls = 0;
+    tracks[t].last = {};
+    tracks[t].events.clear();
+    tracks[t].done = 0;
+  }
   if (!checking_races) return;
   for (int t = 0; t < block.size; ++t) {
     std::fill(clocks[t], clocks[t] + block.size, 0u);
@@ -621,7 +778,7 @@ void block_synchronized() {
 }
 
 void warp_synchronized(int warp, unsigned lanes, bool orders_memory) {
-  if (counting && lanes == block.warps[warp].live) close_warp(warp);
+  if (counting && lanes == block.warps[warp].live) follow(warp, true);
   if (!checking_races || !orders_memory) return;
   static View together;  // what any of them has seen, all of them have now
   together.seen.clear();
@@ -660,8 +817,6 @@ void emu_watch(int count, int races, int n, const std::uintptr_t* addresses,
   find_main_stack();
   sites.clear();
   site_of_key.clear();
-  for (auto& warp : streams) warp.clear();
-  for (auto& thread : executed) thread.clear();
   if (races) cells.assign(kMaxDynamicShared + static_shared.size, Cell{});
 }
 
@@ -739,8 +894,16 @@ void __tsan_write_range(void* p, std::size_t bytes) {
   if (watching()) note_range(p, bytes, kStore, __builtin_return_address(0));
 }
 void __tsan_init() {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
+void __tsan_func_entry(void* call) {
+  if (emu::self && emu::trace::counting) emu::trace::enter_function(call);
+}
+void __tsan_func_exit() {
+  if (emu::self && emu::trace::counting) emu::trace::leave_function();
+}
+void __sanitizer_cov_trace_pc() {
+  if (!emu::self || !emu::trace::counting) return;
+  emu::trace::enter_basic_block(__builtin_return_address(0));
+}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 

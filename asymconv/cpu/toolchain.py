@@ -9,7 +9,8 @@ Why these flags:
 - Traced: ``-O0 -fsanitize=thread``. Not because it is easy to read: at -O0 a load or store in the
   source is one access in the machine code, whatever the version of g++. With optimization, g++ 11
   and 12 hoist, join and drop different ones, flag by flag. Local variables and arrays whose address
-  is not passed on are not instrumented, so they cost no calls.
+  is not passed on are not instrumented, so they cost no calls. ``-fsanitize-coverage=trace-pc``
+  tells the way of each lane through branches and loops.
 - The emulator's own sources are always built with the plain flags: they hold the matrix products.
 - Both: ``-fno-gnu-unique``, else two libraries would share the static variables of templates;
   ``-fstack-clash-protection``, so that a frame larger than a fiber's stack meets its guard page;
@@ -44,7 +45,7 @@ _COMMON = (
     "-ffp-contract=off",
 )
 _PLAIN = ("-O3", "-g1", "-fno-semantic-interposition")
-_TRACED = ("-O0", "-g", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
+_TRACED = ("-O0", "-g", "-fsanitize=thread", "-fsanitize-coverage=trace-pc")
 _LINK = ("-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs")
 _X86_64_V3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
 

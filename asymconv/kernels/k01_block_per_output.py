@@ -23,6 +23,8 @@ What limits it now: L1, nine cycles for eight products. k02 keeps the mapping an
 over k inside.
 """
 
+from collections.abc import Mapping
+
 from asymconv.kernels.rung import Rung, launch_limits
 from asymconv.problem import ConvShape
 
@@ -66,7 +68,7 @@ extern "C" int asymconv_launch(const float* x, const float* w, const float* bias
 """
 
 
-def refuses(shape: ConvShape) -> str | None:
+def refusal(shape: ConvShape, defines: Mapping[str, int]) -> str | None:
     """Any convolution, as long as its launch is within CUDA's limits."""
     grid = (shape.out_height, shape.out_width, shape.out_channels)
     return launch_limits(shape, block=shape.batch, grid=grid, what="block = batch")
@@ -77,5 +79,5 @@ RUNG = Rung(
     idea="block = one output (oh, ow, k), thread = image of the batch",
     notebook="01_seed",
     source=SOURCE,
-    refuses=refuses,
+    refusal=refusal,
 )

@@ -21,6 +21,8 @@ What limits it now: L1 as before, and waiting for what the caches could not keep
 lanes along the width, where the addresses are neighbours.
 """
 
+from collections.abc import Mapping
+
 from asymconv.kernels.rung import Rung, launch_limits
 from asymconv.problem import ConvShape
 
@@ -65,7 +67,7 @@ extern "C" int asymconv_launch(const float* x, const float* w, const float* bias
 """
 
 
-def refuses(shape: ConvShape) -> str | None:
+def refusal(shape: ConvShape, defines: Mapping[str, int]) -> str | None:
     """Any convolution, as long as its launch is within CUDA's limits."""
     grid = (shape.out_height, shape.out_width, 1)
     return launch_limits(shape, block=shape.batch, grid=grid, what="block = batch")
@@ -76,5 +78,5 @@ RUNG = Rung(
     idea="block = one pixel (oh, ow), thread = image, loop over the output channels",
     notebook="01_seed",
     source=SOURCE,
-    refuses=refuses,
+    refusal=refusal,
 )

@@ -22,6 +22,8 @@ What limits it now: L1 still, two requests for each product of a warp. k04 keeps
 input in shared memory and uses each value it reads for several outputs.
 """
 
+from collections.abc import Mapping
+
 from asymconv.kernels.rung import Rung, launch_limits
 from asymconv.problem import ConvShape
 
@@ -90,7 +92,7 @@ extern "C" int asymconv_launch(const float* x, const float* w, const float* bias
 """
 
 
-def refuses(shape: ConvShape) -> str | None:
+def refusal(shape: ConvShape, defines: Mapping[str, int]) -> str | None:
     """Any convolution, as long as its launch is within CUDA's limits."""
     pieces = max(
         -(-shape.out_width // 256) * shape.out_height, -(-shape.out_height // 256) * shape.out_width
@@ -104,7 +106,7 @@ RUNG = Rung(
     idea="neighbouring threads along the width, taps unrolled",
     notebook="02_coalescing",
     source=SOURCE,
-    refuses=refuses,
+    refusal=refusal,
     defines={"ALONG_HEIGHT": 0},
     variants=({"ALONG_HEIGHT": 0}, {"ALONG_HEIGHT": 1}),
 )

@@ -26,6 +26,8 @@ Measured: notebook 03, from figures/data.
 What limits it now: the ratio of loads to products, 5 to 16. k05 gives a thread pixels as well.
 """
 
+from collections.abc import Mapping
+
 from asymconv.kernels.rung import Rung, launch_limits
 from asymconv.problem import ConvShape
 
@@ -147,9 +149,9 @@ extern "C" int asymconv_launch(const float* x, const float* w, const float* bias
 """
 
 
-def refuses(shape: ConvShape) -> str | None:
+def refusal(shape: ConvShape, defines: Mapping[str, int]) -> str | None:
     """Convolutions whose tile, with its halo, does not fit shared memory; launches too large."""
-    tile_h, tile_w, block_k, chunk_c = DEFINES.values()
+    tile_h, tile_w, block_k, chunk_c = (defines[name] for name in DEFINES)
     rows = (tile_h - 1) * shape.stride[0] + (shape.kernel[0] - 1) * shape.dilation[0] + 1
     columns = (tile_w - 1) * shape.stride[1] + (shape.kernel[1] - 1) * shape.dilation[1] + 1
     taps = shape.kernel[0] * shape.kernel[1]
@@ -170,7 +172,7 @@ RUNG = Rung(
     idea="a tile wider than high, with its halo, in shared memory",
     notebook="03_shared_memory",
     source=SOURCE,
-    refuses=refuses,
+    refusal=refusal,
     defines=DEFINES,
     variants=tuple({"TILE_H": height, "TILE_W": width} for height, width in TILES),
 )

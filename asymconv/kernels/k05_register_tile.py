@@ -37,6 +37,8 @@ ms in one run.
 What limits it now: the fp32 units themselves. Far faster means other arithmetic: tensor cores.
 """
 
+from collections.abc import Mapping
+
 from asymconv.kernels.ptx import CP_ASYNC
 from asymconv.kernels.rung import Rung, launch_limits
 from asymconv.problem import ConvShape
@@ -320,7 +322,7 @@ extern "C" int asymconv_launch(const float* x, const float* w, const float* bias
 )
 
 
-def refuses(shape: ConvShape) -> str | None:
+def refusal(shape: ConvShape, defines: Mapping[str, int]) -> str | None:
     """3x3 kernels of stride and dilation 1; any padding, groups, sizes and bias."""
     if shape.kernel != (3, 3) or shape.stride != (1, 1) or shape.dilation != (1, 1):
         return f"its register tile is made for 3×3, stride 1, dilation 1 ({shape})"
@@ -340,7 +342,7 @@ RUNG = Rung(
     idea="160 outputs in a thread's registers, copies that overlap arithmetic",
     notebook="04_registers",
     source=SOURCE,
-    refuses=refuses,
+    refusal=refusal,
     capability=(8, 0),
     defines=DEFINES,
     variants=VARIANTS,

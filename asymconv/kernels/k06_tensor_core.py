@@ -45,6 +45,8 @@ they convert, multiply and store together. wgmma is faster and reads its operand
 memory by itself: k07.
 """
 
+from collections.abc import Mapping
+
 from asymconv.kernels.half_range import HALF_RANGE
 from asymconv.kernels.ptx import MMA
 from asymconv.kernels.rung import Rung
@@ -815,10 +817,10 @@ extern "C" int asymconv_launch(const float* x, const float* w, const float* bias
 )
 
 
-def refuses(shape: ConvShape) -> str | None:
+def refusal(shape: ConvShape, defines: Mapping[str, int]) -> str | None:
     """Only more tiles than an int counts."""
-    tile_h = DEFINES["WARP_H"] * DEFINES["WARPS_H"]
-    tiles = -(-shape.out_height // tile_h) * -(-shape.out_width // DEFINES["TILE_W"])
+    tile_h = defines["WARP_H"] * defines["WARPS_H"]
+    tiles = -(-shape.out_height // tile_h) * -(-shape.out_width // defines["TILE_W"])
     if shape.batch * tiles >= 2**30:
         return f"{shape.batch * tiles} tiles, it counts them in 30 bits ({shape})"
     return None
@@ -829,7 +831,7 @@ RUNG = Rung(
     idea="implicit GEMM on tensor cores, the halo reused in shared memory",
     notebook="05_tensor_cores",
     source=SOURCE,
-    refuses=refuses,
+    refusal=refusal,
     precision="tf32",
     capability=(8, 0),
     defines=DEFINES,

@@ -35,12 +35,10 @@ than they saved; long stores through shared memory made the time between product
 one row while the next is multiplied is what remains: it takes two sets of sums.
 """
 
-import math
-
 from asymconv.kernels.half_range import HALF_RANGE
+from asymconv.kernels.hopper_rows import refusal
 from asymconv.kernels.ptx import HOPPER, wgmma_f16
 from asymconv.kernels.rung import Rung
-from asymconv.problem import ConvShape
 
 DEFINES = {"SHIFT": 1, "RING": 4}
 
@@ -609,26 +607,12 @@ extern "C" int asymconv_launch(const float* x, const float* w, const float* bias
 )
 
 
-def refuses(shape: ConvShape) -> str | None:
-    """3×3, stride 1, dilation 1, one group, up to 64 input channels; any size, padding and bias."""
-    if shape.kernel != (3, 3) or shape.stride != (1, 1) or shape.dilation != (1, 1):
-        return f"its window slides over 3×3 pixels, stride 1, dilation 1 ({shape})"
-    if shape.groups > 1 or shape.in_channels > 64:
-        return f"its ring holds 64 channels of one group ({shape})"
-    if max(math.prod(shape.input_shape[1:]), math.prod(shape.output_shape[1:])) >= 2**31:
-        return f"offsets within an image need more than 31 bits ({shape})"
-    strips = -(-shape.out_width // 128)
-    if shape.batch * strips * min(shape.out_height, 64) >= 2**31:
-        return f"its items are counted with 31 bits ({shape})"
-    return None
-
-
 RUNG = Rung(
     name="k07_hopper_ring",
     idea="wgmma, resident weights, a ring of rows, whole-sector stores",
     notebook="06_hopper",
     source=SOURCE,
-    refuses=refuses,
+    refusal=refusal,
     precision="tf32",
     capability=(9, 0),
     arch="90a",

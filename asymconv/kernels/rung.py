@@ -102,7 +102,8 @@ class Rung:
         idea: the one thing it changes, in a line.
         notebook: stem of the notebook that tells it.
         source: its CUDA text, kernel and launcher, without the prelude.
-        refuses: a shape to the reason why the rung cannot take it, or None if it can.
+        refusal: a shape, and the values of all defines, to the reason why the rung cannot take it,
+            or None if it can; see `refuses`.
         precision: class of its rounding: "fp32", or "tf32" (operands to 10 mantissa bits).
         capability: the oldest compute capability that runs it.
         arch: the nvcc architecture it must be built for where one alone will do ("90a").
@@ -115,7 +116,7 @@ class Rung:
     idea: str
     notebook: str
     source: str
-    refuses: Callable[[ConvShape], str | None]
+    refusal: Callable[[ConvShape, Mapping[str, int]], str | None]
     precision: Precision = "fp32"
     capability: tuple[int, int] = (7, 0)
     arch: str | None = None
@@ -127,6 +128,27 @@ class Rung:
     def number(self) -> str:
         """The rung's short name: ``k01``."""
         return self.name.split("_", 1)[0]
+
+    def constants(self, defines: Mapping[str, int] | None = None) -> dict[str, int]:
+        """The values of all tile constants, with those given in place of the rung's own.
+
+        Raises:
+            KeyError: a define that the rung does not have.
+        """
+        values = dict(self.defines)
+        for name, value in (defines or {}).items():
+            if name not in values:
+                raise KeyError(f"{self.name} has no constant {name}; it has {sorted(values)}")
+            values[name] = int(value)
+        return values
+
+    def refuses(self, shape: ConvShape, defines: Mapping[str, int] | None = None) -> str | None:
+        """Why the rung, built with these defines, cannot take a shape, or None if it can.
+
+        Raises:
+            KeyError: a define that the rung does not have.
+        """
+        return self.refusal(shape, self.constants(defines))
 
     def applies(self, shape: ConvShape) -> bool:
         """Whether the rung gives the right answer for this shape."""
@@ -144,13 +166,9 @@ class Rung:
         Raises:
             KeyError: a define that the rung does not have.
         """
-        values = dict(self.defines)
-        for name, value in (defines or {}).items():
-            if name not in values:
-                raise KeyError(f"{self.name} has no constant {name}; it has {sorted(values)}")
-            values[name] = int(value)
-        constants = "".join(f"#define {name} {value}\n" for name, value in values.items())
-        return constants + PRELUDE + self.source
+        values = self.constants(defines).items()
+        lines = "".join(f"#define {name} {value}\n" for name, value in values)
+        return lines + PRELUDE + self.source
 
     @property
     def source_hash(self) -> str:

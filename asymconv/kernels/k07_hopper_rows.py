@@ -1,0 +1,170 @@
+"""k07, candidate: whole rows in and out by the copy engine, weights in registers.
+
+What the committed k07 is limited by: stores of 32 bytes, eight filters at a time, with products and
+stores of a row one after the other in the same warps; and loads that take registers while they are
+under way. A kernel that only moves the same bytes in the same strips took 1.29 ms with bulk copies
+of 512 bytes, 1.55 with ordinary stores of 128 (one run each).
+
+What it changes:
+
+- The weights of 128 filters stay in registers: a warpgroup has 64 filters, a thread 144 registers
+  of them, as fragments that wgmma takes from there. That frees 147,456 bytes of shared memory.
+- Rows of input land there as they are, by bulk copies (cp.async.bulk, one a channel), two rows
+  ahead. Two warps convert them to fp16 and put them into the ring. No register holds a value that
+  is under way.
+- A whole row of outputs, 128 filters by 512 bytes, is staged in shared memory, each filter's from
+  its first whole sector on, and leaves by one bulk copy a filter, while the next row is multiplied.
+- Nothing in a warp waits for memory but the copy it will use next.
+
+What it predicts, on the contract's shape: 36 wgmma of 64 x 136 x 16 a row and warpgroup, 68 cycles
+each: 4,900 cycles a row for both, 0.71 ms in all at 1.755 GHz. Then each has 68 values a thread to
+finish and stage, 1,500 to 2,000 cycles: if the warpgroups stay in step, 1.0 ms without memory.
+Memory: 1.29 ms. Shared memory: 2,450 cycles a row for wgmma's pixels, 1,500 for the rest, of 8,600.
+So it should be memory's own time, 1.28 to 1.33 ms.
+"""
+
+from asymconv.kernels.half_range import HALF_RANGE
+from asymconv.kernels.hopper_rows import HOPPER_ROWS, refusal
+from asymconv.kernels.ptx import BULK, HOPPER, MMA, wgmma_f16_ra
+from asymconv.kernels.rung import Rung
+
+DEFINES = {"ALIGN": 8, "RING": 4, "LANDINGS": 2}
+
+VARIANTS = ({"ALIGN": 8}, {"ALIGN": 4}, {"LANDINGS": 1})
+"""Whole sectors; writing where bulk copies may begin; fetching one row ahead in place of two."""
+
+SOURCE = (
+    HALF_RANGE
+    + MMA
+    + HOPPER
+    + BULK
+    + wgmma_f16_ra(136)
+    + """
+// A block: 128 filters, each a half.
+constexpr int BLOCK_K = 128, HALVES = 1;
+"""
+    + HOPPER_ROWS
+    + r"""
+constexpr int SHARED_BYTES = STATE_AT + sizeof(RingState);
+static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than a block can have");
+
+// One output row, all taps. `pixels`: where the first tap's window starts within a ring row; a tap
+// further right starts a pixel later.
+__device__ __forceinline__ void multiply(Sums& sum, const Weights& a, unsigned ring, int q,
+                                         int pixels) {
+  wgmma_fence();
+  #pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const unsigned long long row =
+        swizzled_rows(ring + (q + r) % RING * RING_ROW + pixels * PIXEL);
+    #pragma unroll
+    for (int s = 0; s < S; ++s) {
+      #pragma unroll
+      for (int part = 0; part < PARTS; ++part) {  // 16 channels are 32 bytes
+        wgmma_m64n136k16_f16_ra(sum, a[(r * S + s) * PARTS + part],
+                                moved(row, s * PIXEL + part * 32), r + s + part);
+      }
+    }
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+}
+
+template <bool EVEN>
+__device__ __forceinline__ void consume(const float* __restrict__ x, const float* __restrict__ w,
+                                        const float* __restrict__ bias, float* __restrict__ y,
+                                        const Conv& c, const Plan& plan, int blocks_k,
+                                        unsigned char* shared, RingState* state, int scale) {
+  const auto wait_for_row = [&](int q) {
+    mbarrier_wait(shared_address(&state->full[q % RING]), q / RING & 1);
+  };
+  const auto release_row = [&](int q) {
+    __syncwarp();
+    if (thread_again() % 32 == 0) mbarrier_arrive(shared_address(&state->empty[q % RING]));
+  };
+  Weights a;
+  unsigned char* const turn = shared + RING_AT + threadIdx.x / 32 * TURN;
+  const int k0 = blockIdx.x % blocks_k * BLOCK_K;
+  const int warp_k = threadIdx.x / 32 * 16;
+  if (!load_weights(a, w, bias, c, k0, warp_k, 0, turn, state, scale)) state->weights_bad = 1;
+  for (int i = 0; i < RING; ++i) release_row(i);  // of weights
+
+  const unsigned ring = shared_address(shared) + RING_AT;
+  // Both in one register: the row of the item, and where the ring stood at its first.
+  int at = 0;
+  #pragma unroll 1
+  for (int item = blockIdx.x / blocks_k; item < plan.items; item += gridDim.x / blocks_k) {
+    wait_for_row(at);
+    wait_for_row(at + 1);
+    #pragma unroll 1
+    for (; at / ROUND < item_at(item, plan, c).rows; at += ROUND) {
+      const int q = at % ROUND + at / ROUND;
+      wait_for_row(q + 2);
+      Sums sum;
+      multiply(sum, a, ring, q, (unsigned)-c.pad_w & 3);  // strips start on 16 bytes
+      release_row(q);
+      const Out out = out_row(item, at / ROUND, y, c, plan, blocks_k);
+      const int thread = thread_again(), lane = thread % 32, k = thread / 32 * 16;
+      bulk_wait_read();  // the row before has left
+      __syncwarp();
+      stage<EVEN>(sum, 0, k, lane, out, state, shared + STAGING_AT);
+      stage<EVEN>(sum, 1, k + 8, lane, out, state, shared + STAGING_AT);
+      send(k, lane, out, shared + STAGING_AT);
+    }
+    at = (at % ROUND + at / ROUND) % ROUND;
+    release_row(at);
+    release_row(at + 1);
+    at = (at + 2) % ROUND;
+    redo_bad_rows(x, w, y, c, plan, blocks_k, item, state);
+  }
+}
+
+// __maxnreg__, since __launch_bounds__ would give 320 threads what 384 may have: 168 registers.
+template <bool WIDE, bool EVEN>
+__global__ void __maxnreg__(LAUNCH_REGISTERS)
+    conv2d_hopper_rows(const float* __restrict__ x, const float* __restrict__ w,
+                       const float* __restrict__ bias, float* __restrict__ y, const Conv c,
+                       const Plan plan, const int blocks_k) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  RingState* const state = reinterpret_cast<RingState*>(shared + STATE_AT);
+  if (threadIdx.x == 0) {
+    if (shared_address(shared) % 1024) __trap();
+    state->initialize();
+    fence_async_proxy();  // the copy engine sees the barriers
+  }
+  const int scale =
+      sampled_scale<THREADS / 32>(x, plan.values, reinterpret_cast<unsigned*>(shared));
+  fence_async_proxy();  // the samples' place is written by copies next
+  __syncthreads();
+  if (threadIdx.x < CONSUMERS) {
+    registers_up_to<CONSUMER_REGISTERS>();
+    consume<EVEN>(x, w, bias, y, c, plan, blocks_k, shared, state, scale);
+  } else {
+    registers_down_to<PRODUCER_REGISTERS>();
+    produce<WIDE>(x, c, plan, blocks_k, shared, state, scale);
+  }
+}
+
+extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
+                               const Conv* c, void* stream) {
+  const bool wide = c->W % 4 == 0 && (unsigned long long)x % 16 == 0;
+  const auto even = wide ? conv2d_hopper_rows<true, true> : conv2d_hopper_rows<false, true>;
+  const auto odd = wide ? conv2d_hopper_rows<true, false> : conv2d_hopper_rows<false, false>;
+  return launch(c->OW % 2 == 0 ? even : odd, SHARED_BYTES, x, w, bias, y, *c, (cudaStream_t)stream);
+}
+"""
+)
+
+
+RUNG = Rung(
+    name="k07_hopper_rows",
+    idea="wgmma, weights in registers, rows in and out by the copy engine",
+    notebook="06_hopper",
+    source=SOURCE,
+    refusal=refusal,
+    precision="tf32",
+    capability=(9, 0),
+    arch="90a",
+    defines=DEFINES,
+    variants=VARIANTS,
+)
