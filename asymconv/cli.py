@@ -229,6 +229,23 @@ def study(
         raise _fail(str(error)) from error
 
 
+@app.command()
+def export(
+    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("model_new.py"),
+    rung: Annotated[
+        str, typer.Option(help="Rungs by number, with commas; the first that takes a call runs it.")
+    ] = "k07,k06",
+) -> None:
+    """Write the layer as one Python file that needs PyTorch and nvcc, and not this package."""
+    from asymconv import export as exports
+
+    try:
+        exports.write(output, _rungs(rung))
+    except (exports.ExportError, OSError) as error:
+        raise _fail(str(error)) from error
+    console.print(f"wrote {output}", soft_wrap=True)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()
