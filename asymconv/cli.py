@@ -110,8 +110,8 @@ def _print_untimed(shape: ConvShape, rungs: Sequence[Rung]) -> None:
     _print_taken(shape, (9, 0), "an H100")
 
 
-def _draw_roofline(result: Record, path: Path) -> None:
-    """Write the roofline of a run just made as SVG."""
+def _draw_roofline(result: Record, source: str, path: Path) -> None:
+    """Write the roofline of a run just made as SVG; `source` is what its record is called."""
     from asymconv.record import write_atomically
 
     try:
@@ -119,7 +119,7 @@ def _draw_roofline(result: Record, path: Path) -> None:
     except ImportError as error:
         console.print(f"no drawing: {error}; pip install 'asymconv[study]'", soft_wrap=True)
         return
-    write_atomically(path, plots.svg(plots.roofline(result, source="of this run")))
+    write_atomically(path, plots.svg(plots.roofline(result, source=source)))
     console.print(f"roofline: {path}", soft_wrap=True)
 
 
@@ -191,7 +191,7 @@ def bench(
         console.print(f"{name} is not in the table: {reason}", soft_wrap=True)
     _print_taken(layer, torch.cuda.get_device_capability(), result.gpu)
     if roofline:
-        _draw_roofline(result, roofline)
+        _draw_roofline(result, output.name if record and output else "(not saved)", roofline)
     if record:
         path = output or records.LADDER
         result.save(path)
