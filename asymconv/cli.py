@@ -335,12 +335,15 @@ def study(
         Path, typer.Option(help="Where the executed notebooks and figures go.")
     ] = Path("study-output"),
     only: Annotated[str, typer.Option(help="Notebooks to run, e.g. 00,01; all unless told.")] = "",
+    html: Annotated[
+        bool, typer.Option("--html", help="Write them as linked HTML pages too.")
+    ] = False,
 ) -> None:
     """Run every notebook headless, draw the figures, and print the ladder."""
     from asymconv import study as studies
 
     try:
-        studies.run(output, only.split(",") if only else None, console)
+        studies.run(output, only.split(",") if only else None, console, html=html)
     except studies.StudyError as error:
         raise _fail(str(error)) from error
 

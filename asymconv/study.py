@@ -80,7 +80,7 @@ def _execute(notebook: Path, target: Path) -> None:
             os.replace(temporary, target)
 
 
-def run(output: Path, only: Sequence[str] | None, console: Console) -> None:
+def run(output: Path, only: Sequence[str] | None, console: Console, *, html: bool = False) -> None:
     """The main job: execute the notebooks, draw the figures, print the ladder.
 
     With a GPU and a compiler the ladder is measured anew first; without, the committed record is
@@ -90,6 +90,7 @@ def run(output: Path, only: Sequence[str] | None, console: Console) -> None:
         output: a folder for executed notebooks, figures and, with a GPU, the new record.
         only: beginnings of notebook names; None runs all.
         console: where to print.
+        html: write the notebooks as linked HTML pages too, to output/html.
 
     Raises:
         StudyError: a cell failed, papermill is not installed, or there is no such notebook.
@@ -100,10 +101,12 @@ def run(output: Path, only: Sequence[str] | None, console: Console) -> None:
 
     try:
         import papermill  # noqa: F401
+
+        if html:
+            from asymconv import pages
     except ImportError as error:
-        raise StudyError(
-            "papermill is not installed: pip install 'asymconv[study]' (in a clone: -e '.[study]')"
-        ) from error
+        install = "pip install 'asymconv[study]' (in a clone: -e '.[study]')"
+        raise StudyError(f"{error.name} is not installed: {install}") from error
     paths = notebooks(only)
     output.mkdir(parents=True, exist_ok=True)
     if torch.cuda.is_available():
@@ -130,3 +133,8 @@ def run(output: Path, only: Sequence[str] | None, console: Console) -> None:
     console.print(f"measured on {ladder.gpu}, {ladder.made['date']}", soft_wrap=True)
     console.print(f"notebooks: {output}/*.ipynb", soft_wrap=True)
     console.print(f"figures:   {output / 'figures'}/*.svg", soft_wrap=True)
+    if html:
+        executed = [output / path.name for path in paths]
+        figure = output / "figures" / "ladder.svg"
+        front, *_ = pages.write(executed, output / "html", ladder, figure, ROOT / "README.md")
+        console.print(f"pages:     {front}", soft_wrap=True)

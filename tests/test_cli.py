@@ -43,7 +43,7 @@ def test_commands_that_mend_are_shown_whole(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(machine, "summary", lambda: "")
     assert "'asymconv[cuda]'" in runner.invoke(app, ["info"], env={"COLUMNS": "200"}).output
 
-    def fail(*args: object) -> None:
+    def fail(*args: object, **more: object) -> None:
         raise study.StudyError("pip install 'asymconv[study]'")
 
     monkeypatch.setattr(study, "run", fail)
