@@ -100,7 +100,8 @@ pre { overflow-x: auto; margin: 0; }
 table { display: block; overflow-x: auto; border-collapse: collapse; font-size: 0.9rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #dcdcdc; vertical-align: top; }
-td code { white-space: pre; }
+td[style*="right"] { white-space: nowrap; }
+td code { white-space: pre-wrap; overflow-wrap: anywhere; }
 svg, img { max-width: 100%; height: auto; }
 .contents { list-style: none; padding: 0; }
 .contents > li > a { font-weight: bold; }
@@ -176,7 +177,7 @@ def write(
         about=about,
         figure=FIGURE,
         pages=pages,
-        table=markdown2html(tables.ladder_table(record)),
+        table=markdown2html(tables.ladder_markdown(record)),
         date=record.made["date"],
         revision=record.made["revision"],
     )

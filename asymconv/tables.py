@@ -54,11 +54,11 @@ def caption(record: Record) -> str:
     )
 
 
-def ladder_table(record: Record) -> str:
-    """The table in Markdown, with its caption, for the published record."""
+def ladder_markdown(record: Record) -> str:
+    """The table in Markdown, with its caption."""
     lines = ["| " + " | ".join(HEADERS) + " |", "| :-- | :-- | --: | --: | --: | --: |"]
     lines += ["| " + " | ".join(row) + " |" for row in ladder_rows(record)]
-    return "\n".join([*lines, "", f"{caption(record)} Record: figures/data/ladder.json."])
+    return "\n".join([*lines, "", caption(record)])
 
 
 def ladder_rich(record: Record) -> Table:
@@ -101,7 +101,7 @@ def floors_rich(record: Record, shape: ConvShape | None = None) -> Table:
 
 
 def with_table(readme: str, record: Record) -> str:
-    """A README's text with the table between its markers.
+    """A README's text with the published record's table between its markers.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
@@ -109,7 +109,8 @@ def with_table(readme: str, record: Record) -> str:
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.find(END) < readme.find(BEGIN):
         raise ValueError(f"the README must have {BEGIN} and {END}, once each and in this order")
     head, rest = readme.split(BEGIN)
-    return f"{head}{BEGIN}\n{ladder_table(record)}\n{END}{rest.split(END)[1]}"
+    published = f"{ladder_markdown(record)} Record: figures/data/ladder.json."
+    return f"{head}{BEGIN}\n{published}\n{END}{rest.split(END)[1]}"
 
 
 def update_readme(path: Path, record: Record) -> None:
