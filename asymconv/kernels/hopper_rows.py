@@ -23,9 +23,11 @@ constexpr int CHANNELS = 64, R = 3, S = 3, TAPS = R * S, PARTS = CHANNELS / 16;
 constexpr int TILE_W = 128, PRODUCT_W = TILE_W + 8;
 static_assert(ALIGN == 4 || ALIGN == 8, "bulk copies need 16 bytes, whole sectors 32");
 
-// Two warpgroups multiply and store; two warps fetch and convert.
-constexpr int CONSUMERS = 2 * 128, PRODUCERS = 2 * 32, THREADS = CONSUMERS + PRODUCERS;
-constexpr int LAUNCH_REGISTERS = 200, CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 40;
+// Two warpgroups multiply and store; four warps fetch and convert, or two with more registers.
+constexpr int CONSUMERS = 2 * 128, PRODUCERS = PRODUCER_WARPS * 32;
+constexpr int THREADS = CONSUMERS + PRODUCERS;
+constexpr int LAUNCH_REGISTERS = PRODUCER_WARPS == 2 ? 200 : 168;
+constexpr int CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = PRODUCER_WARPS == 2 ? 40 : 24;
 static_assert(LAUNCH_REGISTERS * THREADS <= 65536, "a block has an SM's registers");
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
                   THREADS * LAUNCH_REGISTERS,
@@ -33,9 +35,10 @@ static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
 
 // Shared memory, in bytes. Landing: rows of fp32 as they come from memory, a channel of the window
 // 144 pixels and, where rows begin anywhere within 16 bytes, up to 3 before it. Each warp of the
-// producers has 32 channels and LANDINGS rows for itself. Half of its channels come at a time:
-// while the others are converted, the next row's are on their way.
-constexpr int RING_W = 144, WARP_CHANNELS = 32, COMING = 16, COMINGS = WARP_CHANNELS / COMING;
+// producers has channels and LANDINGS rows for itself. 16 channels come at a time: while others are
+// converted, the next row's are on their way.
+constexpr int RING_W = 144, WARP_CHANNELS = CHANNELS / PRODUCER_WARPS;
+constexpr int COMING = 16, COMINGS = WARP_CHANNELS / COMING;
 constexpr int LANDING_PITCH = (RING_W + 4) * 4, LANDING = WARP_CHANNELS * LANDING_PITCH;
 static_assert(PRODUCERS / 32 * WARP_CHANNELS == CHANNELS, "every channel has its warp");
 

@@ -27,7 +27,10 @@ from asymconv.kernels.hopper_rows import HOPPER_ROWS, refusal
 from asymconv.kernels.ptx import BULK, HOPPER, MMA, wgmma_f16_ra
 from asymconv.kernels.rung import Rung
 
-DEFINES = {"ALIGN": 8, "RING": 4, "LANDINGS": 1}
+DEFINES = {"ALIGN": 8, "RING": 4, "LANDINGS": 1, "PRODUCER_WARPS": 2}
+
+VARIANTS = ({"PRODUCER_WARPS": 2}, {"PRODUCER_WARPS": 4})
+"""Two warps that fetch and convert, or four, whose 24 registers do not hold all they need."""
 
 SOURCE = (
     HALF_RANGE
@@ -228,4 +231,5 @@ RUNG = Rung(
     capability=(9, 0),
     arch="90a",
     defines=DEFINES,
+    variants=VARIANTS,
 )
