@@ -27,10 +27,10 @@ from asymconv.kernels.hopper_rows import HOPPER_ROWS, refusal
 from asymconv.kernels.ptx import BULK, HOPPER, MMA, wgmma_f16_ra
 from asymconv.kernels.rung import Rung
 
-DEFINES = {"ALIGN": 8, "RING": 4, "LANDINGS": 1, "PRODUCER_WARPS": 2}
+DEFINES = {"ALIGN": 8, "RING": 4, "LANDINGS": 1, "PRODUCER_WARPS": 4}
 
-VARIANTS = ({"PRODUCER_WARPS": 2}, {"PRODUCER_WARPS": 4})
-"""Two warps that fetch and convert, or four, whose 24 registers do not hold all they need."""
+VARIANTS = ({"PRODUCER_WARPS": 4}, {"PRODUCER_WARPS": 2})
+"""Four warps that fetch and convert, with 24 registers each, or two with 40."""
 
 SOURCE = (
     HALF_RANGE
