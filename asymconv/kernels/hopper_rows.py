@@ -54,7 +54,7 @@ constexpr int ROUND = 2 * RING;  // rows after which slots and parities of barri
 // from filter to filter: lanes that write 8 bytes for 4 filters meet no bank twice.
 constexpr int STAGING_PITCH = PRODUCT_W * 4;
 
-// Weights pass through ring and staging on their way into registers: a warp turns 8 filters at a
+// Weights go through ring and staging on their way into registers: a warp turns 8 filters at a
 // time, (filter, tap, channel). 36 words from tap to tap, 20 from filter to filter in their banks:
 // no conflicts for ldmatrix, few for the stores.
 constexpr int TURN_TAP = PIXEL + 16, TURN_FILTER = TAPS * TURN_TAP, TURN = 8 * TURN_FILTER;
