@@ -7,11 +7,12 @@ namespace {
 // ------------------------------------------------------------------------------ shared addresses
 
 constexpr unsigned kSystemShared = 1024;  // bytes before dynamic shared memory, as on sm_90
+constexpr unsigned kGap = 8192;           // bytes after it: who goes too far meets no static arrays
 
 unsigned static_shared_address() {
   const unsigned end = kSystemShared + static_cast<unsigned>(block.dynamic_shared);
   const auto begin = reinterpret_cast<std::uintptr_t>(static_shared.begin);
-  return (end + 1023) / 1024 * 1024 + static_cast<unsigned>(begin % 1024);
+  return (end + 1023) / 1024 * 1024 + kGap + static_cast<unsigned>(begin % 1024);
 }
 
 // The memory of `bytes` bytes from a shared address on, or null.
