@@ -46,7 +46,7 @@ CUDA_FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-Xptxas=-v")
 
 # load_inline wants a Python module. An empty one keeps dlopen local: its other way,
 # torch.ops.load_library, loads globally, and kernels of the same name would replace each other.
-_EMPTY_MODULE = r"""
+EMPTY_MODULE = r"""
 #include <Python.h>
 #define JOIN2(a, b) a##b
 #define JOIN(a, b) JOIN2(a, b)
@@ -232,7 +232,7 @@ def _build_cuda(text: str, name: str, arch: str, folder: Path) -> None:
         try:
             module = cpp_extension.load_inline(
                 name=name,
-                cpp_sources=_EMPTY_MODULE,
+                cpp_sources=EMPTY_MODULE,
                 cuda_sources=text,
                 extra_cuda_cflags=[*CUDA_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}"],
                 # kernels of the same name in several libraries: each calls its own
@@ -459,7 +459,7 @@ def build_key(rung: Rung, backend: Backend, arch: str, defines: Mapping[str, int
             "flags": CUDA_FLAGS,
             "nvcc": nvcc_version(),
             "cxx": _version_of(cxx_compiler()),
-            "module": _EMPTY_MODULE,
+            "module": EMPTY_MODULE,
             "torch": torch.__version__,
             "python": sys.version,
         }

@@ -12,9 +12,11 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from asymconv.kernels import Rung
+    from asymconv.problem import ConvShape
+    from asymconv.record import Record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-console = Console()
+console = Console(markup=False)  # in brackets stand extras to install, and shapes
 
 RungNames = Annotated[str, typer.Option(help="Rungs by number, with commas; all unless told.")]
 WriteRecord = Annotated[bool, typer.Option("--record", help="Write a record.")]
@@ -26,7 +28,7 @@ RecordPath = Annotated[
 
 
 def _fail(message: str) -> typer.Exit:
-    console.print(f"[red]{message}[/red]", soft_wrap=True)
+    console.print(message, style="red", soft_wrap=True)
     return typer.Exit(1)
 
 
@@ -59,23 +61,137 @@ def info() -> None:
     console.print(machine.summary())
 
 
+def _numbers(text: str, option: str, counts: Sequence[int], what: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them. Raises typer.BadParameter, naming the option."""
+    parts = text.split(",")
+    if len(parts) not in counts or not all(part.strip().lstrip("-").isdigit() for part in parts):
+        raise typer.BadParameter(f"{text!r} is not {what}", param_hint=option)
+    return tuple(int(part) for part in parts)
+
+
+def _pair(text: str, option: str) -> tuple[int, int]:
+    """(height, width) of an option: one number for both, or two. Raises typer.BadParameter."""
+    numbers = _numbers(text, option, (1, 2), "a whole number, or two: height,width")
+    return numbers[0], numbers[-1]
+
+
+def _print_taken(shape: ConvShape, capability: tuple[int, int], gpu: str) -> None:
+    """Say which rung `ModelNew` takes for float32 NCHW tensors, under either flag, and why."""
+    import torch
+
+    from asymconv.dispatch import Facts, decide
+
+    sizes = (shape.input_shape, shape.weight_shape, (shape.out_channels,) if shape.bias else None)
+    pairs = (shape.stride, shape.padding, shape.dilation, shape.groups)
+    for tf32 in (True, False):
+        facts = Facts("cuda", capability, torch.float32, "NCHW", tf32, *sizes, *pairs)
+        rung, reason, *_ = decide(facts)
+        flags = "allowed" if tf32 else "forbidden"
+        name = rung.name if rung else "PyTorch's own convolution"
+        console.print(f"ModelNew on {gpu}, TF32 {flags}: {name} ({reason})", soft_wrap=True)
+
+
+def _print_untimed(shape: ConvShape, rungs: Sequence[Rung]) -> None:
+    """What can be said of a convolution without a GPU, by the published record's ceilings."""
+    from asymconv import record, tables
+
+    published = record.load(record.LADDER)
+    gflop, gbytes = shape.flops / 1e9, shape.least_bytes / 1e9
+    console.print(
+        f"{shape}: {gflop:,.4g} GFLOP on at least {gbytes:,.3g} GB, "
+        f"{shape.intensity:.3g} FLOP/byte",
+        soft_wrap=True,
+    )
+    console.print(tables.floors_rich(published, shape))
+    table = Table("rung", "takes this shape", title="The ladder, not timed")
+    for rung in rungs:
+        table.add_row(rung.name, rung.refuses(shape) or "yes")
+    console.print(table)
+    _print_taken(shape, (9, 0), "an H100")
+
+
+def _draw_roofline(result: Record, source: str, path: Path) -> None:
+    """Write the roofline of a run just made as SVG; `source` is what its record is called."""
+    from asymconv.record import write_atomically
+
+    try:
+        from asymconv import plots
+    except ImportError as error:
+        console.print(f"no drawing: {error}; pip install 'asymconv[study]'", soft_wrap=True)
+        return
+    write_atomically(path, plots.svg(plots.roofline(result, source=source)))
+    console.print(f"roofline: {path}", soft_wrap=True)
+
+
 @app.command()
 def bench(
     rungs: RungNames = "",
+    shape: Annotated[
+        str, typer.Option(metavar="N,C,H,W", help="Another layer's input; needs --out-channels.")
+    ] = "",
+    out_channels: Annotated[int, typer.Option(help="Of that layer.")] = 0,
+    kernel: Annotated[str, typer.Option(help="Height,width, or one number for both.")] = "3",
+    stride: Annotated[str, typer.Option(help="Likewise.")] = "1",
+    padding: Annotated[str, typer.Option(help="Likewise.")] = "0",
+    dilation: Annotated[str, typer.Option(help="Likewise.")] = "1",
+    groups: Annotated[int, typer.Option(help="Of channels.")] = 1,
+    bias: Annotated[bool, typer.Option("--bias", help="With a bias.")] = False,
+    roofline: Annotated[
+        Path | None,
+        typer.Option(help="Where to draw the roofline as SVG; roofline.svg with --shape."),
+    ] = None,
     record: WriteRecord = False,
     output: RecordPath = None,
 ) -> None:
-    """Check and time the ladder against nn.Conv2d and the ceilings on this GPU."""
+    """Check and time the ladder against nn.Conv2d and the ceilings on this GPU.
+
+    On the contract's convolution, or on a layer of your own: --shape 8,64,512,1024
+    --out-channels 128 --kernel 3. Says which rung ModelNew takes.
+    """
+    import torch
+
     from asymconv import record as records
     from asymconv import tables
+    from asymconv.problem import CONTRACT, ConvShape
 
-    _need_gpu("bench")
+    if shape:
+        sizes = _numbers(shape, "--shape", (4,), "four whole numbers N,C,H,W")
+        if min(sizes) < 1:
+            raise typer.BadParameter(f"{shape!r} has a size below 1", param_hint="--shape")
+        if not out_channels:
+            raise typer.BadParameter("is needed with --shape", param_hint="--out-channels")
+        pairs = {"--kernel": kernel, "--stride": stride, "--padding": padding}
+        pairs["--dilation"] = dilation
+        pairs = [_pair(text, option) for option, text in pairs.items()]
+        try:
+            layer = ConvShape(*sizes, out_channels, *pairs, groups, bias)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        roofline = roofline or Path("roofline.svg")
+    elif (out_channels, kernel, stride, padding, dilation, groups, bias) != (
+        *(0, "3", "1", "0", "1", 1, False),
+    ):
+        raise typer.BadParameter("is needed to describe a layer", param_hint="--shape")
+    else:
+        layer = CONTRACT
+    if record and layer != CONTRACT and output is None:
+        raise typer.BadParameter("is needed to record another layer", param_hint="--output")
     chosen = _rungs(rungs)
+    if not torch.cuda.is_available():
+        _print_untimed(layer, chosen)
+    _need_gpu("timing")
     with console.status("checking, then timing"):
-        result = records.measure_ladder(rungs=chosen)
+        try:
+            result = records.measure_ladder(layer, chosen)
+        except (AssertionError, torch.OutOfMemoryError) as error:
+            raise _fail(f"{layer}: {error}") from error
     console.print(tables.ladder_rich(result))
+    console.print(tables.floors_rich(result))
     for name, reason in result.left_out.items():
         console.print(f"{name} is not in the table: {reason}", soft_wrap=True)
+    _print_taken(layer, torch.cuda.get_device_capability(), result.gpu)
+    if roofline:
+        _draw_roofline(result, output.name if record and output else "(not saved)", roofline)
     if record:
         path = output or records.LADDER
         result.save(path)
@@ -227,6 +343,23 @@ def study(
         studies.run(output, only.split(",") if only else None, console)
     except studies.StudyError as error:
         raise _fail(str(error)) from error
+
+
+@app.command()
+def export(
+    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("model_new.py"),
+    rung: Annotated[
+        str, typer.Option(help="Rungs by number, with commas; the first that takes a call runs it.")
+    ] = "k07,k06",
+) -> None:
+    """Write the layer as one Python file that needs PyTorch and nvcc, and not this package."""
+    from asymconv import export as exports
+
+    try:
+        exports.write(output, _rungs(rung))
+    except (exports.ExportError, OSError) as error:
+        raise _fail(str(error)) from error
+    console.print(f"wrote {output}", soft_wrap=True)
 
 
 def main() -> None:

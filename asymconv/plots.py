@@ -440,8 +440,11 @@ def roofline(
     bandwidth = record["copy"].gbytes / 1e3  # TB/s: TFLOP/s = TB/s * FLOP/byte
     allowed = bandwidth * shape.intensity
     best, peer = _best(record), record["nn.Conv2d"]
+    roofs = {name: record[name].tflops for name in ROOFS}
+    limit = "Memory" if allowed <= max(roofs.values()) else "Arithmetic"
+    allowed = min(allowed, max(roofs.values()))
     title = (
-        f"Memory allows {significant(allowed)} TFLOP/s here: {short_name(best.name)} reaches "
+        f"{limit} allows {significant(allowed)} TFLOP/s here: {short_name(best.name)} reaches "
         f"{significant(best.tflops)}, nn.Conv2d {significant(peer.tflops)}"
     )
     subtitle = (
@@ -460,12 +463,16 @@ def roofline(
         figure, bottom, _top = page(body + 22 + 42, title, subtitle, _small_print(record, source))
         left, width = 62.0, WIDTH - 62.0 - 2 * MARGIN
         axes = axes_at(figure, left, bottom + 42, width, body)
-        roofs = {name: record[name].tflops for name in ROOFS}
         low_x = 10.0 ** math.floor(math.log10(min(5.0, *(x for _, x, _ in points)) * 0.999))
         low_x = max(low_x, min(5.0, *(0.7 * x for _, x, _ in points)))
         high_x = max(1e4, 40 * max(x for _, x, _ in points))
         rates = [t.tflops for t in methods]
-        low_y = 10.0 ** math.floor(math.log10(0.8 * min(rates)))
+        # texts stand where there is room: beside points far to the left or right, on the other side
+        contract = shape.intensity
+        place = math.log(contract / low_x) / math.log(high_x / low_x)
+        names = 1 if place < 0.6 else -1
+        guided = -1 if place > 0.3 else 1
+        low_y = 10.0 ** math.floor(math.log10((0.8 if guided < 0 else 0.4) * min(rates)))
         high_y = 2.2 * max(*roofs.values(), *rates)
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -482,23 +489,23 @@ def roofline(
         _note(axes, low_x, high_y, "TFLOP/s", dx=-7, dy=4, ha="right", color=SOFT)
 
         _draw_roofs(axes, bandwidth, roofs)
-        contract = shape.intensity
         guide_style = {"color": SOFT, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1}
         axes.plot([contract, contract], [low_y, allowed], **guide_style)
-        guide = "every byte moved once"
-        _note(axes, contract, low_y, guide, dx=-5, dy=6, ha="right", color=SOFT, backed=True)
+        at = {"dx": 5 * guided, "dy": 6, "ha": "left" if guided > 0 else "right"}
+        _note(axes, contract, low_y, "every byte moved once", color=SOFT, backed=True, **at)
 
         per_point = math.log10(high_y / low_y) / body
         wanted = [math.log10(t.tflops) / per_point for t, _, _ in points]
         for (timing, x, counted), place in zip(points, _spread(wanted, 13.0), strict=True):
             rate, at = timing.tflops, 10 ** (place * per_point)
             _point(axes, x, rate, timing.name, hollow=bool(counters) and not counted)
-            label_x = contract * 1.55
+            label_x = contract * 1.55**names
             leader = {"color": SOFT, "linewidth": 0.6, "zorder": 4}
             axes.plot([x, label_x], [rate, at], **leader)
             text = f"{_label(timing.name)}  {significant(rate)}"
             weight = "bold" if timing.kind == "rung" else "normal"
-            _note(axes, label_x, at, text, dx=3, dy=-3, backed=True, fontweight=weight)
+            more = {"ha": "left" if names > 0 else "right", "fontweight": weight}
+            _note(axes, label_x, at, text, dx=3 * names, dy=-3, backed=True, **more)
     return figure
 
 
@@ -509,7 +516,11 @@ def _draw_roofs(axes: Axes, bandwidth: float, roofs: Mapping[str, float]) -> Non
     axes.plot([low_x, top / bandwidth], [bandwidth * low_x, top], **slope)
     x = math.sqrt(low_x * top / bandwidth)
     text = f"device copy, {significant(bandwidth * 1e3)} GB/s"
-    _note(axes, x, bandwidth * x, text, dx=-8, dy=4, ha="right", color=colour("copy"))
+    ink = {"color": colour("copy")}
+    if math.log(x / low_x) > 0.2 * math.log(high_x / low_x):  # room on the left of it
+        _note(axes, x, bandwidth * x, text, dx=-8, dy=4, ha="right", **ink)
+    else:
+        _note(axes, x, bandwidth * x, text, dx=8, dy=-8, **ink)
     for name, rate in roofs.items():
         axes.plot([rate / bandwidth, high_x], [rate, rate], color=colour(name), linewidth=2)
         text = f"{name}, {significant(rate)}"

@@ -151,7 +151,8 @@ def measure_ladder(shape: ConvShape = CONTRACT, rungs: Sequence[Rung] = RUNGS) -
     """
     timings, left_out = check_and_time(shape, rungs)
     timings += time_ceilings(shape)
-    return make("The ladder on the contract's shape", shape, timings, left_out)
+    of = "the contract's shape" if shape == CONTRACT else "another layer"
+    return make(f"The ladder on {of}", shape, timings, left_out)
 
 
 def ladder_path() -> Path:

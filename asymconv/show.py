@@ -188,11 +188,7 @@ def ceilings(of: record.Record) -> Markdown:
 
 def bounds(of: record.Record) -> Markdown:
     """How long the record's convolution takes at each measured ceiling, at least."""
-    rows = [("all bytes once (memory floor)", f"{of['memory floor'].median:.2f}")]
-    for name in ("fp16", "tf32", "fp32"):
-        rate = of[f"matmul {name}"].tflops
-        rows.append((f"all operations in {name}", f"{of.shape.flops / rate / 1e9:.2f}"))
-    return table(("at the measured rate of", "least ms"), rows)
+    return table(tables.FLOOR_HEADERS, tables.floor_rows(of))
 
 
 def figure(drawn: Figure) -> SVG:

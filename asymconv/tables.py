@@ -10,6 +10,7 @@ from rich.table import Table
 
 from asymconv.comparison import OURS, THEIRS, Layers, Network, Row
 from asymconv.kernels import RUNGS
+from asymconv.problem import ConvShape
 from asymconv.record import Record, write_atomically
 
 BEGIN, END = "<!-- ladder:begin -->", "<!-- ladder:end -->"
@@ -49,15 +50,15 @@ def caption(record: Record) -> str:
     floor = record["memory floor"].median
     return (
         f"{record.shape}, forward, medians on {record.gpu}, torch {record.made['torch']}; "
-        f"moving the bytes alone takes {floor:.2f} ms. Record: figures/data/ladder.json."
+        f"moving the bytes alone takes {_number(floor)} ms."
     )
 
 
 def ladder_table(record: Record) -> str:
-    """The table in Markdown, with its caption."""
+    """The table in Markdown, with its caption, for the published record."""
     lines = ["| " + " | ".join(HEADERS) + " |", "| :-- | :-- | --: | --: | --: | --: |"]
     lines += ["| " + " | ".join(row) + " |" for row in ladder_rows(record)]
-    return "\n".join([*lines, "", caption(record)])
+    return "\n".join([*lines, "", f"{caption(record)} Record: figures/data/ladder.json."])
 
 
 def ladder_rich(record: Record) -> Table:
@@ -67,6 +68,35 @@ def ladder_rich(record: Record) -> Table:
         table.add_column(header, justify="right")
     for name, _, *numbers in ladder_rows(record):
         table.add_row(name, *numbers)
+    return table
+
+
+FLOOR_HEADERS = ("at the measured rate of", "least ms")
+
+
+def floor_rows(record: Record, shape: ConvShape | None = None) -> Iterator[tuple[str, str]]:
+    """The least time a convolution takes at each ceiling: see `FLOOR_HEADERS`.
+
+    Args:
+        record: whose GPU's ceilings.
+        shape: another convolution than the record's, by the same rates.
+    """
+    shape = shape or record.shape
+    moved = shape.least_bytes / record["memory floor"].gbytes / 1e6
+    rows = [("all bytes once (memory floor)", moved)]
+    for name in ("fp16", "tf32", "fp32"):
+        rate = record[f"matmul {name}"].tflops
+        rows.append((f"all operations in {name}", shape.flops / rate / 1e9))
+    for what, least in rows:
+        yield what, f"{least:.2f}" if least >= 0.1 else f"{least:.2g}"
+
+
+def floors_rich(record: Record, shape: ConvShape | None = None) -> Table:
+    """The floors for a terminal."""
+    table = Table(FLOOR_HEADERS[0], caption=f"ceilings of {record.gpu}, {record.made['date']}")
+    table.add_column(FLOOR_HEADERS[1], justify="right")
+    for row in floor_rows(record, shape):
+        table.add_row(*row)
     return table
 
 

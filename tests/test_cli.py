@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 
 from asymconv import machine, record, study
 from asymconv.cli import app
+from asymconv.kernels import RUNGS
+from asymconv.problem import ConvShape
 
 runner = CliRunner()
 
@@ -33,11 +36,73 @@ def test_info_says_what_is_missing_and_what_mends_it(monkeypatch: pytest.MonkeyP
     assert "apt-get install g++" in missing.mend
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_commands_that_mend_are_shown_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich takes what stands in brackets for a style, and drops it."""
+    part = machine.Part("nvcc", False, "missing", "pip install 'asymconv[cuda]'")
+    monkeypatch.setattr(machine, "survey", lambda: [part])
+    monkeypatch.setattr(machine, "summary", lambda: "")
+    assert "'asymconv[cuda]'" in runner.invoke(app, ["info"], env={"COLUMNS": "200"}).output
+
+    def fail(*args: object) -> None:
+        raise study.StudyError("pip install 'asymconv[study]'")
+
+    monkeypatch.setattr(study, "run", fail)
+    assert "'asymconv[study]'" in runner.invoke(app, ["study"]).output
+
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+@no_gpu
 def test_bench_without_a_gpu_says_so() -> None:
     result = runner.invoke(app, ["bench"])
     assert result.exit_code == 1
     assert "asymconv info" in result.output
+
+
+LAYER = ["--shape", "64,32,128,256", "--out-channels", "48", "--stride", "2,1", "--bias"]
+
+
+@no_gpu
+def test_without_a_gpu_bench_says_what_is_known_of_a_layer() -> None:
+    result = runner.invoke(app, ["bench", *LAYER], env={"COLUMNS": "200"})
+    assert result.exit_code == 1
+    shape = ConvShape(64, 32, 128, 256, 48, stride=(2, 1), bias=True)
+    assert str(shape) in result.output
+    assert f"{shape.flops / 1e9:.4g} GFLOP" in result.output
+    published = record.load(record.LADDER)
+    ms = shape.flops / published["matmul fp32"].tflops / 1e9
+    assert f"all operations in fp32        │     {ms:.2f} │" in result.output
+    for rung in RUNGS:
+        assert f"{rung.name} " in result.output
+        assert (rung.refuses(shape) or "yes") in result.output
+    assert "ModelNew on an H100, TF32 allowed: PyTorch's own convolution" in result.output
+    assert "timing needs a GPU" in result.output
+    result = runner.invoke(app, ["bench"], env={"COLUMNS": "200"})
+    assert "ModelNew on an H100, TF32 allowed: k07" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "1,2,3"], "not four whole numbers"),
+        (["--shape", "1,2,x,4"], "not four whole numbers"),
+        (["--shape", "0,2,3,4"], "below 1"),
+        (["--shape", "1,2,3,4"], "--out-channels"),
+        (["--shape", "1,2,3,4", "--out-channels", "-4"], "positive"),
+        (["--shape", "1,2,3,4", "--out-channels", "4", "--kernel", "5"], "larger than the padded"),
+        (["--shape", "1,2,9,9", "--out-channels", "3", "--groups", "2"], "divisible by groups"),
+        (["--shape", "1,2,9,9", "--out-channels", "3", "--kernel", "1,2,3"], "or two"),
+        (["--shape", "1,2,9,9", "--out-channels", "3", "--stride", "0"], "positive"),
+        (["--shape", "1,2,9,9", "--out-channels", "3", "--record"], "--output"),
+        (["--stride", "2"], "--shape"),
+    ],
+    ids=" ".join,
+)
+def test_bad_layers_are_refused(arguments: list[str], message: str) -> None:
+    result = runner.invoke(app, ["bench", *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert message in result.output
 
 
 def test_figures_writes_them(tmp_path: Path) -> None:
@@ -56,9 +121,11 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.extend(r.number for r in rungs)
         names = {r.name for r in rungs}
         kept = [t for t in published.timings if t.kind == "peer" or t.name in names]
-        return kept, {"k99_none": "a reason"}
+        sizes = {"flops": shape.flops, "bytes": shape.least_bytes}
+        return [dataclasses.replace(t, **sizes) for t in kept], {"k99_none": "a reason"}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(record, "check_and_time", measured)
     monkeypatch.setattr(record, "time_ceilings", lambda shape: published.of_kind("ceiling"))
     monkeypatch.setattr(record, "environment", lambda: dict(published.made))
@@ -79,6 +146,36 @@ def test_bench_prints_the_ladder_and_writes_the_record(
         "k01_block_per_output",
         "k03_coalesced",
     ]
+
+
+def test_bench_of_a_layer_prints_floors_and_draws_the_roofline(
+    pretended_gpu: list[str], tmp_path: Path
+) -> None:
+    drawn = tmp_path / "drawn" / "mine.svg"
+    arguments = ["--shape", "8,64,256,512", "--out-channels", "64", "--roofline", str(drawn)]
+    result = runner.invoke(app, ["bench", *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert pretended_gpu == [rung.number for rung in RUNGS]
+    shape = ConvShape(8, 64, 256, 512, 64)
+    assert str(shape) in result.output
+    assert "another layer" in result.output
+    assert "ladder.json" not in result.output
+    ms = shape.flops / record.load(record.LADDER)["matmul tf32"].tflops / 1e9
+    assert f"all operations in tf32        │     {ms:.2f} │" in result.output
+    assert "TF32 allowed: k07_hopper_ring" in result.output
+    assert str(shape) in drawn.read_text()
+
+
+def test_bench_says_what_a_wrong_kernel_did(
+    pretended_gpu: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*args: object) -> None:
+        raise AssertionError("k03: 7 elements are not exact")
+
+    monkeypatch.setattr(record, "check_and_time", wrong)
+    result = runner.invoke(app, ["bench", "--shape", "1,2,9,9", "--out-channels", "3"])
+    assert result.exit_code == 1
+    assert "7 elements are not exact" in result.output
 
 
 def test_an_unknown_rung_is_refused(pretended_gpu: list[str]) -> None:

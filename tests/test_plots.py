@@ -115,6 +115,15 @@ def test_the_roofline_stands_at_counted_bytes(sample: record.Record) -> None:
     assert (plots.MARKERS["k07"], CONTRACT.intensity) in at
 
 
+def test_the_roofline_of_a_layer_that_arithmetic_limits(sample: record.Record) -> None:
+    shape = CONTRACT.with_(in_channels=2048, out_channels=2048)
+    timings = tuple(dataclasses.replace(t, flops=shape.flops) for t in sample.of_kind("rung"))
+    timings += tuple(t for t in sample.timings if t.kind != "rung")
+    text = plots.svg(plots.roofline(dataclasses.replace(sample, shape=shape, timings=timings)))
+    fp16 = plots.significant(sample["matmul fp16"].tflops)
+    assert f"Arithmetic allows {fp16} TFLOP/s here" in text
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -11,10 +11,10 @@ What it changes:
   some pixels further: wgmma's descriptor takes any start, so nothing is laid out twice.
 - A block walks down a strip of 128 columns. Four rows of input are a ring: three are multiplied,
   the fourth is filled. Two warpgroups fetch and convert; two multiply, 64 filters each, and store.
-  mbarriers pass rows to and fro; nobody waits for a whole block.
+  mbarriers hand rows to and fro; nobody waits for a whole block.
 - The next row is on its way in registers while this one, converted, waits for its place.
 - Rows of the output are 1022 * 4 bytes apart, so most begin in the middle of a 32-byte sector. Each
-  product is 8 columns wider than the strip; four lanes, which hold 8 neighbouring columns, pass
+  product is 8 columns wider than the strip; four lanes, which hold 8 neighbouring columns, hand
   them round until a whole sector comes together, and write that.
 - fp32's range is kept by half_range.py. What fp16 cannot hold is computed again, in fp32, row by
   row, by the block that met it: about 80 microseconds a row of 128 columns. The look at every value
@@ -376,7 +376,7 @@ struct Out {
 };
 
 // Writes one output row of a warp's 16 filters. Four lanes hold 8 neighbouring columns of a
-// filter, 32 bytes; but a whole sector starts `skip` columns further right. So the four pass their
+// filter, 32 bytes; but a whole sector starts `skip` columns further right. So the four hand their
 // sums round: a sector comes from two neighbouring eights. EVEN: rows start on 8 bytes, so pairs of
 // columns stay together.
 template <bool EVEN>
