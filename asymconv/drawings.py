@@ -122,7 +122,7 @@ def ring(slots: int = 4, taps: int = 3, steps: int = 4) -> Figure:
     with style():
         figure, axes = _canvas(
             46 + 30 * slots,
-            f"A ring of {slots} rows: {taps} are multiplied, one is filled, none is read twice",
+            f"A ring of {slots} rows: {taps} are multiplied, one is filled, none is fetched twice",
             f"Shared memory while output rows 0 to {steps - 1} of a strip are made. "
             "A row stays where it was put until its last product is done.",
             "kernel row: wgmma reads it for all taps of that row; filled: by warps that convert",

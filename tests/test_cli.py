@@ -73,9 +73,9 @@ def test_without_a_gpu_bench_says_what_is_known_of_a_layer() -> None:
     published = record.load(record.LADDER)
     ms = shape.flops / published["matmul fp32"].tflops / 1e9
     assert f"all operations in fp32        │     {ms:.2f} │" in result.output
+    flowing = " ".join(result.output.replace("│", " ").split())  # however wide the terminal is
     for rung in RUNGS:
-        assert f"{rung.name} " in result.output
-        assert (rung.refuses(shape) or "yes") in result.output
+        assert f"{rung.name} {rung.refuses(shape) or 'yes'}" in flowing
     assert "ModelNew on an H100, TF32 allowed: PyTorch's own convolution" in result.output
     assert "timing needs a GPU" in result.output
     result = runner.invoke(app, ["bench"], env={"COLUMNS": "200"})

@@ -1624,6 +1624,8 @@ def test_bulk_stores_read_as_late_as_they_may(programs):
     assert y[256].isnan()
     y = run(program, "bulk_stores_overwritten")[:128]
     assert y[12] == y[120] == -1
+    with pytest.raises(cpu.EmulationError, match="no wait for the asynchronous copy or product"):
+        run(traced, "bulk_stores_overwritten", racecheck=True)
     with pytest.raises(cpu.EmulationError, match="exits while its bulk copy"):
         run(program, "bulk_stores_unheeded")
     message = (

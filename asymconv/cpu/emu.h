@@ -199,8 +199,8 @@ cudaError_t cudaGetLastError();   // and forgets it
 cudaError_t cudaPeekAtLastError();
 const char* cudaGetErrorString(cudaError_t error);
 const char* cudaGetErrorName(cudaError_t error);
-// An imaginary GPU: compute capability 9.0 (but no tensor maps, no clusters), 4 SMs so that persistent kernels
-// loop on small shapes, 227 KiB of dynamic shared memory.
+// An imaginary GPU: compute capability 9.0 (but no tensor maps, no clusters), 4 SMs so that
+// persistent kernels loop on small shapes, 227 KiB of dynamic shared memory.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 EMU_INLINE cudaError_t cudaGetDevice(int* device) {
   *device = 0;

@@ -7,11 +7,12 @@ namespace {
 // ------------------------------------------------------------------------------ shared addresses
 
 constexpr unsigned kSystemShared = 1024;  // bytes before dynamic shared memory, as on sm_90
+constexpr unsigned kGap = 8192;           // bytes after it: who goes too far meets no static arrays
 
 unsigned static_shared_address() {
   const unsigned end = kSystemShared + static_cast<unsigned>(block.dynamic_shared);
   const auto begin = reinterpret_cast<std::uintptr_t>(static_shared.begin);
-  return (end + 1023) / 1024 * 1024 + static_cast<unsigned>(begin % 1024);
+  return (end + 1023) / 1024 * 1024 + kGap + static_cast<unsigned>(begin % 1024);
 }
 
 // The memory of `bytes` bytes from a shared address on, or null.
@@ -39,7 +40,8 @@ unsigned char* shared_memory(unsigned address, std::size_t bytes, const char* wh
 void check_alignment(bool aligned, const char* what, int alignment, int line) {
   if (aligned) return;
   const uint3 t = self->index;
-  fail("thread (%u, %u, %u): %s with an address or size that is no multiple of %d bytes, at line %d",
+  fail("thread (%u, %u, %u): %s with an address or size that is no multiple of %d bytes, at line "
+       "%d",
        t.x, t.y, t.z, what, alignment, line);
 }
 
@@ -53,8 +55,8 @@ MBarrier* find_mbarrier(unsigned address, const unsigned char* memory) {
   std::uint64_t word;
   std::memcpy(&word, memory, sizeof word);
   const std::uint64_t number = word ^ kMBarrierMark;
-  if (number >= block.mbarriers.size() || block.mbarriers[number].address != address) return nullptr;
-  return &block.mbarriers[number];
+  const bool known = number < block.mbarriers.size() && block.mbarriers[number].address == address;
+  return known ? &block.mbarriers[number] : nullptr;
 }
 
 MBarrier& mbarrier_at(unsigned address, const char* what, int line, const void* pc) {
@@ -149,8 +151,8 @@ Matrix matrix_of(std::uint64_t descriptor, int line) {
 
 // Where chunk (of 8 halves) of a row stands: the swizzle XORs bits of the address itself.
 unsigned chunk_address(const Matrix& m, int row, int chunk) {
-  const unsigned r = static_cast<unsigned>(row);
-  const unsigned linear = m.start + r / 8 * m.stride + r % 8 * 128 + static_cast<unsigned>(chunk) * 16;
+  const unsigned r = static_cast<unsigned>(row), c = static_cast<unsigned>(chunk);
+  const unsigned linear = m.start + r / 8 * m.stride + r % 8 * 128 + c * 16;
   return linear ^ (linear >> 7 & 7) << 4;
 }
 
@@ -207,8 +209,8 @@ float truncated(double value) {
 Rows rows_a, rows_b;
 float sums[kRows][kMaxColumns];
 
-// sums (+)= A * B^T. 16 products and the sum so far are added in double, then rounded: what hardware
-// does in between is not documented.
+// sums (+)= A * B^T. 16 products and the sum so far are added in double, then rounded: what
+// hardware does in between is not documented.
 void multiply(int columns, bool add) {
   for (int j0 = 0; j0 < columns; j0 += 8) {
     double b[kDepth][8];
@@ -258,26 +260,32 @@ void check_same_products(const Thread& one, const Thread& other, std::size_t cou
 }
 
 #if EMU_TRACED
-void trace_operands(const Thread& thread, const Product& product) {
+void trace_operands(const Thread& thread, const Product& product, bool ends) {
   const auto visit = [&](int, int, const unsigned char* memory) {
-    trace::async_read(memory, 16, thread, product.pc);
+    if (ends) {
+      trace::async_read_ends(memory, 16, thread, product.pc, product.moment);
+    } else {
+      trace::async_read_begins(memory, 16, thread, product.pc);
+    }
   };
   if (!product.a_in_registers) for_each_chunk(product.a, kRows, product.line, visit);
   for_each_chunk(product.b, product.columns, product.line, visit);
 }
 #else
-void trace_operands(const Thread&, const Product&) {}
+void trace_operands(const Thread&, const Product&, bool) {}
 #endif
 
 // The first `count` products of a warpgroup, all of whose threads wait.
 void make_products(int first, std::size_t count, int line) {
   const Thread& one = block.threads[first];
-  for (int t = 1; t < kWarpgroup; ++t) check_same_products(one, block.threads[first + t], count, line);
+  for (int t = 1; t < kWarpgroup; ++t) {
+    check_same_products(one, block.threads[first + t], count, line);
+  }
   for (std::size_t i = 0; i < count; ++i) {
     const Product& p = one.products[i];
     if constexpr (EMU_TRACED) {
       for (int w = 0; w < kWarpgroup; w += kWarp) {
-        trace_operands(block.threads[first + w], block.threads[first + w].products[i]);
+        trace_operands(block.threads[first + w], block.threads[first + w].products[i], true);
       }
     }
     if (p.a_in_registers) {
@@ -349,7 +357,7 @@ std::size_t accumulator_at(float* registers, int count, int line) {
   return free;
 }
 
-// --------------------------------------------------------------------- bulk copies to global memory
+// -------------------------------------------------------------------- bulk copies to global memory
 
 // How many of a thread's groups, the oldest, a wait for all but `left` is for.
 std::size_t waited_groups(const Thread& thread, int left) {
@@ -362,7 +370,9 @@ void read_bulk_stores(Thread& thread, std::size_t groups) {
   for (std::size_t i = 0; i < count; ++i) {
     BulkStore& store = thread.bulk_stores[i];
     if (store.read) continue;
-    if constexpr (EMU_TRACED) trace::async_read(store.shared, store.bytes, thread, store.pc);
+    if constexpr (EMU_TRACED) {
+      trace::async_read_ends(store.shared, store.bytes, thread, store.pc, store.moment);
+    }
     store.read = true;
     store.data.assign(store.shared, store.shared + store.bytes);
   }
@@ -396,7 +406,8 @@ void mbarrier_init(unsigned address, int count, int line) {
   unsigned char* memory = shared_memory(address, 8, "mbarrier.init", line);
   const uint3 t = self->index;
   if (count < 1 || count > kMostArrivals) {
-    fail("thread (%u, %u, %u): mbarrier.init for %d arrivals at line %d", t.x, t.y, t.z, count, line);
+    fail("thread (%u, %u, %u): mbarrier.init for %d arrivals at line %d", t.x, t.y, t.z, count,
+         line);
   }
   if (find_mbarrier(address, memory)) {
     fail("thread (%u, %u, %u): mbarrier.init at line %d of an mbarrier that is in use", t.x, t.y,
@@ -479,8 +490,8 @@ void wgmma(float* sum, int columns, const std::uint32_t* a_registers, std::uint6
   Thread& thread = *self;
   const uint3 t = thread.index;
   if (first_of_warpgroup(thread) + kWarpgroup > block.size) {
-    fail("thread (%u, %u, %u): wgmma at line %d needs a whole warpgroup of %d threads", t.x, t.y, t.z,
-         line, kWarpgroup);
+    fail("thread (%u, %u, %u): wgmma at line %d needs a whole warpgroup of %d threads", t.x, t.y,
+         t.z, line, kWarpgroup);
   }
   if (!thread.products_fenced) {
     fail("thread (%u, %u, %u): wgmma at line %d without a wgmma.fence before it", t.x, t.y, t.z,
@@ -497,7 +508,8 @@ void wgmma(float* sum, int columns, const std::uint32_t* a_registers, std::uint6
   product.pc = __builtin_return_address(0);
   product.accumulator = accumulator_at(sum, columns / 2, line);
   if constexpr (EMU_TRACED) {
-    if (lane() == 0) trace_operands(thread, product);
+    if (lane() == 0) trace_operands(thread, product, false);
+    product.moment = trace::moment();
   }
   thread.products.push_back(product);
 }
@@ -520,8 +532,8 @@ void wgmma_wait(int groups_left, int line) {
   WarpgroupBarrier& barrier = block.warpgroups[first / kWarpgroup];
   if (barrier.arrived && barrier.groups_left != groups_left) {
     const uint3 t = self->index;
-    fail("divergent warpgroup: thread (%u, %u, %u) waits for all but %d groups of wgmma at line %d, "
-         "others for all but %d at line %d",
+    fail("divergent warpgroup: thread (%u, %u, %u) waits for all but %d groups of wgmma at line "
+         "%d, others for all but %d at line %d",
          t.x, t.y, t.z, groups_left, line, barrier.groups_left, barrier.line);
   }
   barrier.groups_left = groups_left;
@@ -545,8 +557,11 @@ void bulk_load(unsigned shared, const void* global, int bytes, unsigned address,
                   line);
   unsigned char* to = shared_memory(shared, static_cast<std::size_t>(bytes), kWhat, line);
   MBarrier& barrier = mbarrier_at(address, kWhat, line, __builtin_return_address(0));
-  const BulkLoad load{to, global, bytes, self, __builtin_return_address(0)};
-  if constexpr (EMU_TRACED) trace::bulk_load_begins(load);
+  BulkLoad load{to, global, bytes, self, __builtin_return_address(0), 0};
+  if constexpr (EMU_TRACED) {
+    trace::bulk_load_begins(load);
+    load.moment = trace::moment();
+  }
   barrier.loads.push_back(load);
   if (!barrier.waiting.empty()) complete_if_due(barrier, line);
 }
@@ -557,8 +572,11 @@ void bulk_store(void* global, unsigned shared, int bytes, int line) {
   check_alignment(shared % 16 == 0 && to % 16 == 0 && bytes % 16 == 0 && bytes >= 0, kWhat, 16,
                   line);
   const unsigned char* from = shared_memory(shared, static_cast<std::size_t>(bytes), kWhat, line);
-  const BulkStore store{global, from, bytes, line, __builtin_return_address(0), false, {}};
-  if constexpr (EMU_TRACED) trace::bulk_store_begins(store);
+  BulkStore store{global, from, bytes, line, __builtin_return_address(0), 0, false, {}};
+  if constexpr (EMU_TRACED) {
+    trace::bulk_store_begins(store);
+    store.moment = trace::moment();
+  }
   self->bulk_stores.push_back(store);
 }
 
@@ -634,10 +652,11 @@ void end_asynchronous(const Thread& thread, bool last) {
 #if EMU_TRACED
 void trace_reads_under_way(const Thread& thread) {
   if (thread.number % kWarp == 0) {
-    for (const Product& product : thread.products) trace_operands(thread, product);
+    for (const Product& product : thread.products) trace_operands(thread, product, true);
   }
   for (const BulkStore& store : thread.bulk_stores) {
-    if (!store.read) trace::async_read(store.shared, store.bytes, thread, store.pc);
+    if (store.read) continue;
+    trace::async_read_ends(store.shared, store.bytes, thread, store.pc, store.moment);
   }
 }
 #endif
@@ -648,7 +667,8 @@ int describe_wait(const Wait& wait, char* to, std::size_t room) {
     long long bytes = 0;
     for (const BulkLoad& load : b.loads) bytes += load.bytes;
     if (b.pending == 0) {
-      return std::snprintf(to, room, " (shared address %#x, parity %u: %lld of %lld bytes are there)",
+      return std::snprintf(to, room,
+                           " (shared address %#x, parity %u: %lld of %lld bytes are there)",
                            b.address, b.phase & 1, bytes, b.expected_bytes);
     }
     return std::snprintf(to, room, " (shared address %#x, parity %u: %d of %d arrivals are there)",

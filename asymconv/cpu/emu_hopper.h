@@ -32,7 +32,8 @@ void fence_async_proxy();
 // wgmma.mma_async.m64nNk16.f32.f16.f16, with B and perhaps A in shared memory, K-major with the
 // 128-byte swizzle. The products are made, and shared memory read for them, when the warpgroup
 // waits; until then the sums' registers hold NaN, and writing to them is an error. 16 products and
-// the sum so far are added in double and rounded towards zero once. A in registers is taken at once.
+// the sum so far are added in double and rounded towards zero once. A in registers is taken at
+// once: that it is overwritten before the wait is not found.
 void wgmma(float* sum, int columns, const std::uint32_t* a_registers, std::uint64_t a,
            std::uint64_t b, bool add, int line);
 template <int Columns>

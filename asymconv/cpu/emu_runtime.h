@@ -56,6 +56,7 @@ struct Product {
   int columns, line;
   std::size_t accumulator;  // of the thread's
   const void* pc;           // of the call, for the tracer
+  unsigned moment;          // of the call, in the tracer's count
 };
 
 // Sums of wgmma under way: their value, while the thread's registers hold NaN.
@@ -71,6 +72,7 @@ struct BulkLoad {
   int bytes;
   Thread* thread;  // that began it
   const void* pc;
+  unsigned moment;
 };
 
 struct BulkStore {
@@ -78,6 +80,7 @@ struct BulkStore {
   const unsigned char* shared;
   int bytes, line;
   const void* pc;
+  unsigned moment;
   bool read = false;  // then `data` is what was read
   std::vector<unsigned char> data;
 };
@@ -218,9 +221,13 @@ void copy_ends(const Copy& copy);
 void wrapped_access(const void* address, int bytes, Op op, const void* pc);
 // Checks an access to the word of an mbarrier, which is not counted.
 void barrier_word(const void* address, int bytes, Op op, const void* pc);
-// Checks a read of shared memory by the asynchronous proxy for a thread: to be called when it
-// begins, and again, since it may happen at any time until then, when it has been waited for.
-void async_read(const void* shared, int bytes, const Thread& thread, const void* pc);
+// The count of accesses to shared memory so far.
+unsigned moment();
+// Checks a read of shared memory by the asynchronous proxy for a thread: when it begins; and, since
+// it may happen at any time until then, when it has been waited for.
+void async_read_begins(const void* shared, int bytes, const Thread& thread, const void* pc);
+void async_read_ends(const void* shared, int bytes, const Thread& thread, const void* pc,
+                     unsigned begun);
 void bulk_load_begins(const BulkLoad& load);
 void bulk_load_ends(const BulkLoad& load);
 void bulk_store_begins(const BulkStore& store);

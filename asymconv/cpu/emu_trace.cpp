@@ -493,12 +493,14 @@ struct Cell {
   Toucher reader;    // the last
   Toucher mate;      // the last of the same warp, but another lane
   Toucher stranger;  // the last of another warp
+  unsigned touched = 0, written = 0;  // moments of the last access, the last store
 };
 
 unsigned epoch;        // grows at every barrier of a block, and with every block
 unsigned first_epoch;  // of this block
 unsigned clocks[kMaxThreads][kMaxThreads], fenced[kMaxThreads][kMaxThreads];
 unsigned clocks_at_barrier[kMaxThreads], fenced_at_barrier[kMaxThreads];  // the block's last
+unsigned moments;         // accesses to bytes of shared memory so far
 bool fences;              // whether there was one in this block
 std::vector<Cell> cells;  // dynamic, then static shared memory, a byte each
 
@@ -562,6 +564,8 @@ void check_cell(std::size_t index, Op op, const Thread& thread, int site, bool a
     if (!async || ordered_by_fence(*before, thread)) continue;
     report_race(*before, true, thread, op, site, index, "fence.proxy.async and barrier");
   }
+  cell.touched = ++moments;
+  if (op != kLoad) cell.written = moments;
   const unsigned stamp = clocks[thread.number][thread.number];
   const Toucher now{static_cast<short>(thread.number), async, stamp, site};
   if (op == kLoad) {
@@ -580,15 +584,37 @@ void check_cell(std::size_t index, Op op, const Thread& thread, int site, bool a
   cell.reader = cell.mate = cell.stranger = {};
 }
 
-void check_race(const void* p, int bytes, Op op, const Thread& thread, int site, int step = 1,
-                bool async = false) {
+std::size_t cell_number(const void* p) {
   const Range dynamic{dynamic_shared(), kMaxDynamicShared};
-  const auto* address = static_cast<const unsigned char*>(p);
   const bool in_dynamic = dynamic.contains(p);
   const auto* begin = in_dynamic ? dynamic.begin : static_shared.begin;
-  std::size_t cell = (in_dynamic ? 0 : kMaxDynamicShared) + static_cast<std::size_t>(address - begin);
+  return (in_dynamic ? 0 : kMaxDynamicShared) +
+         static_cast<std::size_t>(static_cast<const unsigned char*>(p) - begin);
+}
+
+void check_race(const void* p, int bytes, Op op, const Thread& thread, int site, int step = 1,
+                bool async = false) {
+  const std::size_t cell = cell_number(p);
   for (int i = 0; i < bytes; i += step) {
     check_cell(cell + static_cast<std::size_t>(i), op, thread, site, async);
+  }
+}
+
+// An asynchronous operation may take place at any time until it was waited for: whoever has touched
+// its bytes (for a read: has stored there) since it began races with it, whatever barriers there
+// were.
+void check_undisturbed(const void* p, int bytes, Op op, const Thread& thread, int site,
+                       unsigned begun, int step) {
+  const std::size_t first = cell_number(p);
+  for (int i = 0; i < bytes; i += step) {
+    const Cell& cell = cells[first + static_cast<std::size_t>(i)];
+    if ((op == kLoad ? cell.written : cell.touched) <= begun) continue;
+    const bool wrote = cell.written > begun;
+    const Toucher& writer = cell.atomic.thread >= 0 ? cell.atomic : cell.writer;
+    const Toucher& other = wrote ? writer : cell.reader;
+    if (other.thread < 0) continue;  // forgotten at a barrier
+    report_race(other, wrote, thread, op, site, first + static_cast<std::size_t>(i),
+                "wait for the asynchronous copy or product");
   }
 }
 
@@ -688,12 +714,26 @@ void barrier_word(const void* address, int bytes, Op op, const void* pc) {
   }
 }
 
-void async_read(const void* shared, int bytes, const Thread& thread, const void* pc) {
+unsigned moment() {
+  return moments;
+}
+
+// Of asynchronous reads each half is checked, not each byte: there are many, and nothing smaller is
+// stored.
+constexpr int kHalf = 2;
+
+void async_read_begins(const void* shared, int bytes, const Thread& thread, const void* pc) {
   if (!checking_races) return;
-  // Each half is checked, not each byte: there are many, and nothing smaller is stored.
-  constexpr int kStep = 2;
   const int site = site_number(pc, kShared, kLoad, 16, true);
-  check_race(shared, bytes, kLoad, thread, site, kStep, true);
+  check_race(shared, bytes, kLoad, thread, site, kHalf, true);
+}
+
+void async_read_ends(const void* shared, int bytes, const Thread& thread, const void* pc,
+                     unsigned begun) {
+  if (!checking_races) return;
+  const int site = site_number(pc, kShared, kLoad, 16, true);
+  check_undisturbed(shared, bytes, kLoad, thread, site, begun, kHalf);
+  check_race(shared, bytes, kLoad, thread, site, kHalf, true);
 }
 
 void bulk_load_begins(const BulkLoad& load) {
@@ -704,13 +744,15 @@ void bulk_load_begins(const BulkLoad& load) {
 
 void bulk_load_ends(const BulkLoad& load) {
   if (!checking_races) return;
-  check_race(load.shared, load.bytes, kStore, *load.thread, bulk_site(load), 1, true);
+  const int site = bulk_site(load);
+  check_undisturbed(load.shared, load.bytes, kStore, *load.thread, site, load.moment, 1);
+  check_race(load.shared, load.bytes, kStore, *load.thread, site, 1, true);
 }
 
 void bulk_store_begins(const BulkStore& store) {
   if (!watching()) return;
   note_bulk(store.global, store.bytes, kStore, store.pc);
-  async_read(store.shared, store.bytes, *self, store.pc);
+  async_read_begins(store.shared, store.bytes, *self, store.pc);
 }
 
 void proxy_fence() {
@@ -817,6 +859,7 @@ void emu_watch(int count, int races, int n, const std::uintptr_t* addresses,
   find_main_stack();
   sites.clear();
   site_of_key.clear();
+  moments = 0;
   if (races) cells.assign(kMaxDynamicShared + static_shared.size, Cell{});
 }
 

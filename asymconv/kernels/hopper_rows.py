@@ -23,9 +23,11 @@ constexpr int CHANNELS = 64, R = 3, S = 3, TAPS = R * S, PARTS = CHANNELS / 16;
 constexpr int TILE_W = 128, PRODUCT_W = TILE_W + 8;
 static_assert(ALIGN == 4 || ALIGN == 8, "bulk copies need 16 bytes, whole sectors 32");
 
-// Two warpgroups multiply and store; two warps fetch and convert.
-constexpr int CONSUMERS = 2 * 128, PRODUCERS = 2 * 32, THREADS = CONSUMERS + PRODUCERS;
-constexpr int LAUNCH_REGISTERS = 200, CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 40;
+// Two warpgroups multiply and store; four warps fetch and convert, or two with more registers.
+constexpr int CONSUMERS = 2 * 128, PRODUCERS = PRODUCER_WARPS * 32;
+constexpr int THREADS = CONSUMERS + PRODUCERS;
+constexpr int LAUNCH_REGISTERS = PRODUCER_WARPS == 2 ? 200 : 168;
+constexpr int CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = PRODUCER_WARPS == 2 ? 40 : 24;
 static_assert(LAUNCH_REGISTERS * THREADS <= 65536, "a block has an SM's registers");
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
                   THREADS * LAUNCH_REGISTERS,
@@ -33,9 +35,10 @@ static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
 
 // Shared memory, in bytes. Landing: rows of fp32 as they come from memory, a channel of the window
 // 144 pixels and, where rows begin anywhere within 16 bytes, up to 3 before it. Each warp of the
-// producers has 32 channels and LANDINGS rows for itself. Half of its channels come at a time:
-// while the others are converted, the next row's are on their way.
-constexpr int RING_W = 144, WARP_CHANNELS = 32, COMING = 16, COMINGS = WARP_CHANNELS / COMING;
+// producers has channels and LANDINGS rows for itself. 16 channels come at a time: while others are
+// converted, the next row's are on their way.
+constexpr int RING_W = 144, WARP_CHANNELS = CHANNELS / PRODUCER_WARPS;
+constexpr int COMING = 16, COMINGS = WARP_CHANNELS / COMING;
 constexpr int LANDING_PITCH = (RING_W + 4) * 4, LANDING = WARP_CHANNELS * LANDING_PITCH;
 static_assert(PRODUCERS / 32 * WARP_CHANNELS == CHANNELS, "every channel has its warp");
 
@@ -222,11 +225,12 @@ __device__ __forceinline__ __half2 lo_of(float a, float b, __half2 hi) {
   return __floats2half2_rn(LO_SCALE * (a - __low2float(hi)), LO_SCALE * (b - __high2float(hi)));
 }
 
-// Converts 16 channels of a row, from channel0 on. A lane takes 8 channels of a pixel at a time (4,
-// where it also has to find out where a channel's row begins): neighbours read neighbouring words,
-// and write 8 different chunks, any 8 of them. Whether fp16 holds a run, 32 pixels of a channel or
-// 16 of those right of the strip, is asked only if not every value by itself is good.
-template <bool WIDE>
+// Converts 16 channels of a row, from channel0 on, to hi or to lo halves. A lane takes 8 channels
+// of a pixel at a time (4, where it also has to find out where a channel's row begins): neighbours
+// read neighbouring words, and write 8 different chunks, any 8 of them. Whether fp16 holds a run,
+// 32 pixels of a channel or 16 of those right of the strip, is asked only if not every value by
+// itself is good.
+template <bool WIDE, int HALF>
 __device__ __forceinline__ bool convert(const unsigned char* landing, unsigned char* ring,
                                         int channel0, const Window& at, const Conv& c,
                                         int scale) {
@@ -255,21 +259,18 @@ __device__ __forceinline__ bool convert(const unsigned char* landing, unsigned c
     unsigned char* const to =
         ring + in_row(pixel, (channel0 + depth) / 8) + (channel0 + depth) % 8 * 2;
     bool all = true;
-    #pragma unroll 1
-    for (int half = 0; half < HALVES; ++half) {
-      alignas(16) __half2 chunk[DEEP / 2];
-      #pragma unroll
-      for (int i = 0; i < DEEP / 2; ++i) {
-        const float v0 = value(2 * i), v1 = value(2 * i + 1);
-        chunk[i] = hi_of(factor * v0, factor * v1);
-        if (half == 0) {
-          all = all && range.holds(magnitude(v0)) && range.holds(magnitude(v1));
-        } else {
-          chunk[i] = lo_of(factor * v0, factor * v1, chunk[i]);
-        }
+    alignas(16) __half2 chunk[DEEP / 2];
+    #pragma unroll
+    for (int i = 0; i < DEEP / 2; ++i) {
+      const float v0 = value(2 * i), v1 = value(2 * i + 1);
+      chunk[i] = hi_of(factor * v0, factor * v1);
+      if (HALF == 0) {
+        all = all && range.holds(magnitude(v0)) && range.holds(magnitude(v1));
+      } else {
+        chunk[i] = lo_of(factor * v0, factor * v1, chunk[i]);
       }
-      *reinterpret_cast<Chunk*>(to + half * RING_HALF) = *reinterpret_cast<const Chunk*>(chunk);
     }
+    *reinterpret_cast<Chunk*>(to + HALF * RING_HALF) = *reinterpret_cast<const Chunk*>(chunk);
     if (__all_sync(0xffffffffu, all)) continue;
     #pragma unroll 1
     for (int i = 0; i < DEEP; ++i) {
@@ -315,13 +316,18 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
     #pragma unroll 1
     for (int coming = 0; coming < COMINGS; ++coming) {
       mbarrier_wait(shared_address(&state->landed[warp][place][coming]), q / LANDINGS & 1);
-      const bool good = convert<WIDE>(landing(place, coming), shared + RING_AT + slot * RING_ROW,
-                                      warp * WARP_CHANNELS + coming * COMING,
-                                      Window(x, c, plan, now), c, scale);
+      const bool good = convert<WIDE, 0>(landing(place, coming),
+                                         shared + RING_AT + slot * RING_ROW,
+                                         warp * WARP_CHANNELS + coming * COMING,
+                                         Window(x, c, plan, now), c, scale);
       if (!good) {
         BadRows& bad = state->bad[under_way(now.item, blocks_k)];
         atomicMin(&bad.first, now.row);
         atomicMax(&bad.last, now.row);
+      }
+      if (HALVES == 2) {
+        convert<WIDE, 1>(landing(place, coming), shared + RING_AT + slot * RING_ROW,
+                         warp * WARP_CHANNELS + coming * COMING, Window(x, c, plan, now), c, scale);
       }
       fence_async_proxy();
       __syncwarp();

@@ -27,7 +27,10 @@ from asymconv.kernels.hopper_rows import HOPPER_ROWS, refusal
 from asymconv.kernels.ptx import BULK, HOPPER, MMA, wgmma_f16_ra
 from asymconv.kernels.rung import Rung
 
-DEFINES = {"ALIGN": 8, "RING": 4, "LANDINGS": 1}
+DEFINES = {"ALIGN": 8, "RING": 4, "LANDINGS": 1, "PRODUCER_WARPS": 4}
+
+VARIANTS = ({"PRODUCER_WARPS": 4}, {"PRODUCER_WARPS": 2})
+"""Four warps that fetch and convert, with 24 registers each, or two with 40."""
 
 SOURCE = (
     HALF_RANGE
@@ -228,4 +231,5 @@ RUNG = Rung(
     capability=(9, 0),
     arch="90a",
     defines=DEFINES,
+    variants=VARIANTS,
 )
