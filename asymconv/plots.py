@@ -600,8 +600,10 @@ def sectors(
         if not request.lanes():
             raise ValueError(f"no lane takes part in {request.label!r}")
     if title is None:
-        found = [f"{r.label}: {_plural(len(r.sectors()), 'sector')}" for r in requests]
-        title = f"{short_name(method)}, one request of a warp. " + "; ".join(found)
+        first, *others = ((r.label, len(r.sectors())) for r in requests)
+        found = [f"{first[0]} touches {_plural(first[1], 'sector')}"]
+        found += [f"{label} {count}" for label, count in others]
+        title = f"{short_name(method)}, one request of a warp: " + ", ".join(found)
     row_height, head_height = 58.0, 24.0
     counts = [len({s * SECTOR // LINE for s in r.sectors()}) for r in requests]
     across = _FEW if max(counts) <= _FEW else _MANY

@@ -6,8 +6,10 @@ same on every machine, unless its name says `here`.
 
 from __future__ import annotations
 
+import base64
 import difflib
 import re
+import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from matplotlib.figure import Figure
 
 from asymconv import build, comparison, cpu, dispatch, plots, profiler, record, tables
 from asymconv.check import check, random_data
-from asymconv.kernels import Rung
+from asymconv.kernels import Rung, half_range, ptx
 from asymconv.problem import ConvShape
 
 
@@ -29,8 +31,17 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], texts: int =
 
 
 def kernel(rung: Rung) -> Markdown:
-    """A rung's CUDA text, kernel and launcher, as nvcc gets it (behind the prelude)."""
-    return Markdown(f"```cpp\n{rung.source.strip()}\n```")
+    """A rung's CUDA text, kernel and launcher, as nvcc gets it (behind the prelude).
+
+    Texts that rungs share, wrappers of PTX instructions and the like, are named and left out.
+    """
+    text = rung.source
+    for module in (ptx, half_range):
+        for name, shared in vars(module).items():
+            if name.isupper() and isinstance(shared, str):
+                path = module.__name__.replace(".", "/")
+                text = text.replace(shared, f"// {name} of {path}.py stands here\n")
+    return Markdown(f"```cpp\n{text.strip()}\n```")
 
 
 def excerpt(rung: Rung, *names: str) -> Markdown:
@@ -94,10 +105,22 @@ def compiled(rung: Rung) -> Markdown:
         report = build.compile_report(rung)
     except build.MissingToolError as error:
         return Markdown(f"*Not compiled here: {error}*")
-    rows = [(k.function, k.registers, k.spill_stores, k.stack) for k in report.kernels]
+    rows = [
+        (f"`{_demangled(k.function)}`", k.registers, k.spill_stores, k.stack)
+        for k in report.kernels
+    ]
     warnings = "; ".join(report.warnings) or "none"
     header = (f"sm_{report.arch}, warnings: {warnings}", "registers", "spilled bytes", "stack")
     return table(header, rows)
+
+
+def _demangled(function: str) -> str:
+    """A function's name as the source has it; as the linker has it where there is no c++filt."""
+    try:
+        done = subprocess.run(["c++filt", "-p", function], capture_output=True, text=True)
+    except OSError:
+        return function
+    return done.stdout.strip() or function
 
 
 def passed(rung: Rung, *shapes: ConvShape) -> Markdown:
@@ -117,6 +140,14 @@ def trace(rung: Rung, shape: ConvShape) -> list[cpu.LineCount]:
     return build.load(rung, "cpu-traced").trace(*random_data(shape, seed=0), shape)
 
 
+def _statement(lines: Sequence[str], number: int) -> str:
+    """The statement that begins on a line, counted from 1, on one line."""
+    taken = [lines[number - 1].split("//")[0].strip()]
+    while not taken[-1].endswith((";", "{", "}")) and len(taken) < 4:
+        taken.append(lines[number - 1 + len(taken)].split("//")[0].strip())
+    return " ".join(taken)
+
+
 def counts(rung: Rung, lines: Sequence[cpu.LineCount]) -> Markdown:
     """The counts of `trace` beside the source lines they belong to."""
     text = rung.text().splitlines()
@@ -127,7 +158,7 @@ def counts(rung: Rung, lines: Sequence[cpu.LineCount]) -> Markdown:
             if line.space == "global"
             else f"{line.wavefronts_per_request:.2f} wavefronts"
         )
-        source = text[line.line - 1].strip().replace("|", "\\|")
+        source = _statement(text, line.line).replace("|", "\\|")
         rows.append(
             (
                 f"`{source}`",
@@ -191,12 +222,37 @@ def bounds(of: record.Record) -> Markdown:
     return table(tables.FLOOR_HEADERS, tables.floor_rows(of))
 
 
-def figure(drawn: Figure) -> SVG:
+class Picture:
+    """A figure in a notebook: as SVG, and as a Markdown image of the same.
+
+    JupyterLab does not show an SVG output of a notebook that it does not trust, one that was
+    cloned and not yet run; a Markdown image it shows. Others, GitHub among them, take the SVG.
+    """
+
+    def __init__(self, drawn: Figure) -> None:
+        self.svg = SVG(plots.svg(drawn)).data
+        bold = [text.get_text() for text in drawn.texts if text.get_fontweight() == "bold"]
+        self.title = " ".join(bold)
+
+    def __repr__(self) -> str:
+        return self.title
+
+    def _repr_mimebundle_(self, **more: object) -> dict[str, str]:
+        data = base64.b64encode(self.svg.encode()).decode()
+        alt = re.sub(r"([\[\]])", r"\\\1", self.title)
+        return {
+            "image/svg+xml": self.svg,
+            "text/markdown": f"![{alt}](data:image/svg+xml;base64,{data})",
+            "text/plain": self.title,
+        }
+
+
+def figure(drawn: Figure) -> Picture:
     """A figure of `asymconv.plots`, as the notebook shows it."""
-    return SVG(plots.svg(drawn))
+    return Picture(drawn)
 
 
-def warp(rung: Rung, shape: ConvShape, *accesses: str) -> SVG:
+def warp(rung: Rung, shape: ConvShape, *accesses: str) -> Picture:
     """Where one warp's lanes touch memory: its first request of each access, traced on the CPU.
 
     Args:
@@ -220,6 +276,19 @@ def warp(rung: Rung, shape: ConvShape, *accesses: str) -> SVG:
 
 
 _UNITS = {"bytes": (1e9, "GB"), "percent": (1, "%"), "milliseconds": (1, "ms")}
+_LABELS = {
+    "l1_hit_percent": "sectors found in L1",
+    "l2_hit_percent": "sectors found in L2",
+    "l1_wavefront_percent": "L1 and shared memory busy",
+    "l2_percent": "L2 busy",
+    "dram_percent": "device memory busy",
+    "dram_read_bytes": "read from device memory",
+    "dram_write_bytes": "written to device memory",
+    "fma_percent": "fp32 units busy",
+    "lsu_percent": "load/store units busy",
+    "tensor_percent": "tensor cores busy",
+    "occupancy_percent": "warps there, of 64 an SM can have",
+}
 
 
 def counters(of: profiler.Profile, names: Sequence[str], rungs: Sequence[str]) -> Markdown:
@@ -227,7 +296,7 @@ def counters(of: profiler.Profile, names: Sequence[str], rungs: Sequence[str]) -
     rows = []
     for name in names:
         factor, unit = _UNITS.get(name.rsplit("_", 1)[-1], (1e9, "billion"))
-        label = name.removesuffix("_percent").removesuffix("_bytes").replace("_", " ")
+        label = _LABELS.get(name, name.replace("_", " "))
         numbers = [f"{of[rung][name] / factor:,.4g} {unit}" for rung in rungs]
         rows.append((label, *numbers))
     return table(("counter (ncu)", *rungs), rows)

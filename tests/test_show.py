@@ -1,0 +1,54 @@
+"""What cells show: pictures that JupyterLab shows untrusted, statements and names to be read."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+
+import pytest
+
+pytest.importorskip("IPython", reason="the study extra is not installed")
+
+from asymconv import drawings, profiler, show
+from asymconv.kernels import get_rung
+from asymconv.problem import CONTRACT
+
+
+def test_a_picture_is_svg_and_a_markdown_image_of_the_same() -> None:
+    picture = show.figure(drawings.layer(CONTRACT))
+    bundle = picture._repr_mimebundle_()
+    alt, data = re.fullmatch(
+        r"!\[(.+)\]\(data:image/svg\+xml;base64,(.+)\)", bundle["text/markdown"]
+    ).groups()
+    assert base64.b64decode(data).decode() == bundle["image/svg+xml"]
+    assert bundle["image/svg+xml"].startswith("<svg")
+    assert alt == repr(picture) == "Each of 533,729,280 outputs is a sum of 576 products"
+
+
+def test_a_statement_is_shown_whole() -> None:
+    lines = ["int a;", "*first =  // why", "    second +", "    third;", "int b;"]
+    assert show._statement(lines, 2) == "*first = second + third;"
+    assert show._statement(lines, 5) == "int b;"
+
+
+def test_a_kernel_is_shown_without_what_rungs_share() -> None:
+    text = show.kernel(get_rung("k05")).data
+    assert "asm volatile" not in text
+    assert "// CP_ASYNC of asymconv/kernels/ptx.py stands here" in text
+    assert "asymconv_launch" in text
+    assert show.kernel(get_rung("k03")).data == f"```cpp\n{get_rung('k03').source.strip()}\n```"
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt on this machine")
+def test_a_function_has_its_name_of_the_source() -> None:
+    assert show._demangled("_Z6kernelILb0ELi3EEvPKf") == "kernel<false, 3>"
+
+
+def test_counters_are_named_in_words() -> None:
+    of = profiler.load()
+    names = [name for name in profiler.METRICS if name in of["k03"].values and name != "registers"]
+    text = show.counters(of, names, ["k03"]).data
+    assert "fp32 units busy" in text
+    assert "_" not in text
+    assert set(show._LABELS) <= set(profiler.METRICS)
