@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -85,6 +86,11 @@ def _output(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def short_name(name: str) -> str:
+    """What figures and look-ups call a method: a rung by its number, others by their name."""
+    return name.split("_", 1)[0] if re.match(r"k\d\d_", name) else name
+
+
 @dataclass(frozen=True)
 class Record:
     """One run's measurements.
@@ -115,12 +121,12 @@ class Record:
     def __getitem__(self, name: str) -> Timing:
         """The timing of this method; a rung also by its number. Raises KeyError."""
         for timing in self.timings:
-            if name in (timing.name, timing.name.split("_", 1)[0]):
+            if name in (timing.name, short_name(timing.name)):
                 return timing
         raise KeyError(f"no {name!r} in {self.title!r}; it has {[t.name for t in self.timings]}")
 
     def __contains__(self, name: str) -> bool:
-        return any(name in (t.name, t.name.split("_", 1)[0]) for t in self.timings)
+        return any(name in (t.name, short_name(t.name)) for t in self.timings)
 
     def save(self, path: Path) -> None:
         """Write the record; the file is whole or not there."""

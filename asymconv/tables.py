@@ -11,7 +11,7 @@ from rich.table import Table
 from asymconv.comparison import OURS, THEIRS, Layers, Network, Row
 from asymconv.kernels import RUNGS
 from asymconv.problem import ConvShape
-from asymconv.record import Record, write_atomically
+from asymconv.record import Record, short_name, write_atomically
 
 BEGIN, END = "<!-- ladder:begin -->", "<!-- ladder:end -->"
 
@@ -141,7 +141,7 @@ def layer_rows(layers: Layers) -> Iterator[tuple[str, ...]]:
             else:
                 cells += ["", ""]
         flags = "" if tf32 else ", TF32 forbidden"
-        kernel = runs.split("_")[0] if runs else "PyTorch's"
+        kernel = short_name(runs) if runs else "PyTorch's"
         yield name + flags, str(shape.batch), kernel, *cells
 
 
