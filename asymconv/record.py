@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from asymconv.kernels import RUNGS, Rung
-from asymconv.measure import Timing, check_and_time, time_ceilings
+from asymconv.measure import Kind, Timing, check_and_time, time_ceilings
 from asymconv.problem import CONTRACT, ConvShape
 
 FORMAT = 1
@@ -114,8 +114,8 @@ class Record:
         """The GPU's name."""
         return str(self.made["gpu"])
 
-    def of_kind(self, kind: str) -> list[Timing]:
-        """The timings of one kind ("rung", "peer", "ceiling"), in the record's order."""
+    def of_kind(self, kind: Kind) -> list[Timing]:
+        """The timings of one kind, in the record's order."""
         return [t for t in self.timings if t.kind == kind]
 
     def __getitem__(self, name: str) -> Timing:
@@ -189,7 +189,10 @@ def load(path: Path | None = None) -> Record:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file through a temporary one and a rename: whole or not at all."""
+    """Write a text file (UTF-8) through a temporary one and a rename: whole or not at all.
+
+    Makes the folder. Raises OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
