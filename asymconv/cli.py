@@ -254,7 +254,7 @@ def profile(
         if record:  # after each: a run that is cut off has lost nothing
             profiler.Profile(records.environment(), tuple(taken)).save(path)
     full = [c for c in taken if c.shape == CONTRACT]
-    table = Table("counter", *(c.name.split("_")[0] for c in full))
+    table = Table("counter", *(records.short_name(c.name) for c in full))
     for name in profiler.METRICS:
         table.add_row(name, *(f"{c[name]:,.4g}" for c in full))
     console.print(table)

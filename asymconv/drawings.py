@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, Rectangle
 
-from asymconv.plots import INK, SMALL_SIZE, SOFT, TEXT_SIZE, WIDTH, axes_at, page, style
+from asymconv.plots import INK, SMALL_SIZE, SOFT, TEXT_SIZE, canvas, style
 from asymconv.problem import ConvShape
 
 INPUT, OUTPUT, WINDOW = "#BFD7EA", "#F6D8AE", "#D1495B"
@@ -29,16 +29,12 @@ def layer(shape: ConvShape) -> Figure:
     r, s = shape.kernel
     scale = 215 / max(w, ow)
     with style():
-        figure, bottom, top = page(
+        figure, axes = canvas(
             200,
             f"Each of {shape.outputs:,} outputs is a sum of {shape.terms} products",
             f"One of {n} pictures, its planes to scale: {w / h:.3g} times as wide as high.",
             [f"{shape}; the {r}×{s} window is drawn larger than it is"],
         )
-        axes = axes_at(figure, 0, bottom, WIDTH, top - bottom)
-        axes.set_axis_off()
-        axes.set_xlim(0, WIDTH)
-        axes.set_ylim(0, top - bottom)
 
         x_in, x_out, base = 62.0, 385.0, 44.0
         _stack(axes, x_in, base, scale * w, scale * h, INPUT)
@@ -87,16 +83,6 @@ def layer(shape: ConvShape) -> Figure:
     return figure
 
 
-def _canvas(height: float, title: str, subtitle: str, foot: str) -> tuple[Figure, Axes]:
-    """An empty page to draw on in points, its lower left at (0, 0)."""
-    figure, bottom, top = page(height, title, subtitle, [foot])
-    axes = axes_at(figure, 0, bottom, WIDTH, top - bottom)
-    axes.set_axis_off()
-    axes.set_xlim(0, WIDTH)
-    axes.set_ylim(0, top - bottom)
-    return figure, axes
-
-
 def _box(axes: Axes, x: float, y: float, width: float, height: float, face: str) -> None:
     axes.add_patch(Rectangle((x, y), width, height, facecolor=face, edgecolor=SOFT, linewidth=0.8))
 
@@ -120,12 +106,12 @@ def ring(slots: int = 4, taps: int = 3, steps: int = 4) -> Figure:
     if slots <= taps:
         raise ValueError(f"a ring of {slots} rows cannot be filled while {taps} are read")
     with style():
-        figure, axes = _canvas(
+        figure, axes = canvas(
             46 + 30 * slots,
             f"A ring of {slots} rows: {taps} are multiplied, one is filled, none is fetched twice",
             f"Shared memory while output rows 0 to {steps - 1} of a strip are made. "
             "A row stays where it was put until its last product is done.",
-            "kernel row: wgmma reads it for all taps of that row; filled: by warps that convert",
+            ["kernel row: wgmma reads it for all taps of that row; filled: by warps that convert"],
         )
         left, wide, gap, high = 62.0, 118.0, 24.0, 26.0
         top = 16 + 30 * slots
@@ -155,12 +141,12 @@ def shifted_window(pixels: int = 12, columns: int = 8, taps: int = 3) -> Figure:
         taps: of a kernel row.
     """
     with style():
-        figure, axes = _canvas(
+        figure, axes = canvas(
             34 + 15 * pixels,
             "A tap one column further right is the same data, started one pixel later",
             "A row of the ring: each pixel 64 channels of fp16, 128 bytes in 8 chunks, "
             "chunk i at place i ^ (pixel mod 8).",
-            "The swizzle goes by the bits of the address: wgmma's descriptor may start anywhere",
+            ["The swizzle goes by the bits of the address: wgmma's descriptor may start anywhere"],
         )
         left, cell, high = 84.0, 30.0, 15.0
         top = 10 + 15 * pixels
@@ -199,12 +185,12 @@ def row_starts(shape: ConvShape, rows: int = 5, sectors: int = 5, sector: int = 
     with style():
         pitch = 4 * shape.out_width
         split = sum(row * shape.out_width % sector != 0 for row in range(sector))
-        figure, axes = _canvas(
+        figure, axes = canvas(
             30 + 26 * rows,
             f"{split} in {sector} rows of {pitch} bytes begin in the middle of a sector",
             f"The first {sectors} sectors that a row touches; hatched: floats of the row before. "
             "A strip's piece starts at the first whole sector.",
-            f"{shape}: {shape.out_width} columns out; a sector is {4 * sector} bytes",
+            [f"{shape}: {shape.out_width} columns out; a sector is {4 * sector} bytes"],
         )
         left, cell = 78.0, 12.4
         for row in range(rows):

@@ -12,6 +12,7 @@ import contextlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from asymconv import build
 from asymconv.check import Checked, Method, check, random_data
 from asymconv.kernels import RUNGS, Precision, Rung
 from asymconv.problem import ConvShape
+
+Kind = Literal["rung", "peer", "ceiling"]
 
 WARM_MS = 50.0  # of a method, before each of its turns
 L2_MULTIPLE = 4  # inputs beyond this many L2 caches leave nothing of themselves behind
@@ -77,20 +80,20 @@ class Timing:
 
     Attributes:
         name: of the rung, peer or ceiling.
-        kind: "rung", "peer" or "ceiling".
+        kind: what it is to the ladder.
         precision: class of rounding, "" where that means nothing.
         milliseconds: every repeat, in the order measured.
         error: ‖y - ref‖ / ‖ref‖ against float64, None for a ceiling.
         source_hash: the rung's, "" for others.
         peak_bytes: device memory beyond input and weights while it ran; the output is in it.
-        flops: that it does.
-        bytes: that it must move.
+        flops: floating-point operations that it does; 0 where that means nothing.
+        bytes: that it must move in device memory, or in L2 ("L2 read"); 0 likewise.
         defines: a rung's tile constants where they are not its own.
     """
 
     name: str
-    kind: str
-    precision: str
+    kind: Kind
+    precision: Precision | Literal[""]
     milliseconds: tuple[float, ...]
     error: float | None = None
     source_hash: str = ""
@@ -111,12 +114,12 @@ class Timing:
 
     @property
     def tflops(self) -> float:
-        """TFLOP/s at the median."""
+        """TFLOP/s (10^12 operations a second) at the median."""
         return self.flops / self.median / 1e9
 
     @property
     def gbytes(self) -> float:
-        """GB/s at the median: least bytes over time."""
+        """GB/s (10^9 bytes a second) at the median: least bytes over time."""
         return self.bytes / self.median / 1e6
 
 
@@ -133,7 +136,7 @@ def time_once(run: Callable[[], object], flush: torch.Tensor | None = None) -> f
 
 
 def repeats_for(milliseconds: float, budget_ms: float = 1500.0) -> int:
-    """How often to repeat: within a budget, at least 3, at most 60 times."""
+    """How often to repeat what takes so many ms: within a budget, at least 3, at most 60 times."""
     return max(3, min(60, int(budget_ms / max(milliseconds, 1e-3))))
 
 

@@ -28,7 +28,7 @@ from matplotlib.transforms import Affine2D, ScaledTranslation
 
 from asymconv import record as records
 from asymconv.measure import Timing
-from asymconv.record import Record
+from asymconv.record import Record, short_name
 
 # --- one colour and one marker a method ----------------------------------------------------------
 
@@ -73,11 +73,6 @@ MARKERS: Mapping[str, str] = {
     "nn.Conv2d, strict fp32": "h",
 }
 """Marker of each rung and peer: tells them apart without colour."""
-
-
-def short_name(name: str) -> str:
-    """What `COLOURS` and labels call a method: a rung by its number, others by their name."""
-    return name.split("_", 1)[0] if re.match(r"k\d\d_", name) else name
 
 
 def colour(name: str) -> str:
@@ -201,6 +196,18 @@ def axes_at(figure: Figure, left: float, bottom: float, width: float, height: fl
     """Axes at a place given in points."""
     total = figure.get_figheight() * 72
     return figure.add_axes((left / WIDTH, bottom / total, width / WIDTH, height / total))
+
+
+def canvas(
+    height: float, title: str, subtitle: str, small_print: Sequence[str]
+) -> tuple[Figure, Axes]:
+    """A `page` to draw on in points: axes of `WIDTH` by height, (0, 0) at their lower left."""
+    figure, bottom, top = page(height, title, subtitle, small_print)
+    axes = axes_at(figure, 0, bottom, WIDTH, top - bottom)
+    axes.set_axis_off()
+    axes.set_xlim(0, WIDTH)
+    axes.set_ylim(0, top - bottom)
+    return figure, axes
 
 
 def _note(
@@ -609,20 +616,17 @@ def sectors(
     across = _FEW if max(counts) <= _FEW else _MANY
     heights = [head_height + row_height * math.ceil(count / across) for count in counts]
     with style():
-        figure, bottom, top = page(
-            sum(heights) + 34,
+        height = sum(heights) + 34
+        figure, axes = canvas(
+            height,
             title,
             "Boxes are the 32-byte sectors of each 128-byte line that the 32 lanes touch.",
             [source],
         )
-        axes = axes_at(figure, 0, bottom, WIDTH, top - bottom)
-        axes.set_axis_off()
-        axes.set_xlim(0, WIDTH)
-        axes.set_ylim(0, top - bottom)
-        y = top - bottom - 4
-        for request, height in zip(requests, heights, strict=True):
+        y = height - 4
+        for request, its_height in zip(requests, heights, strict=True):
             _draw_request(axes, request, y, colour(method), across, head_height, row_height)
-            y -= height
+            y -= its_height
         _draw_key(axes, colour(method))
     return figure
 
@@ -700,6 +704,59 @@ def _draw_key(axes: Axes, ink: str) -> None:
         x += 40 + 5.6 * len(text)
 
 
+# --- the shapes of a tile -------------------------------------------------------------------------
+
+
+def tiles(record: Record, source: str = records.VARIANTS.name) -> Figure:
+    """Heat map of the time of k04 over the height and width of its tile.
+
+    Raises:
+        ValueError: the record has no variants of k04.
+    """
+    times = {
+        (t.defines["TILE_H"], t.defines["TILE_W"]): t.median
+        for t in record.timings
+        if short_name(t.name) == "k04"
+    }
+    if not times:
+        raise ValueError(f"no variants of k04 in {record.title!r}")
+    heights, widths = (sorted({tile[axis] for tile in times}) for axis in (0, 1))
+    best, worst = min(times, key=times.__getitem__), max(times, key=times.__getitem__)
+    cell_w, cell_h, left = 74.0, 34.0, 74.0
+    with style():
+        figure, axes = canvas(
+            cell_h * len(heights) + 52,
+            f"k04: a tile of {best[0]} × {best[1]} takes {milliseconds(times[best])}, "
+            f"of {worst[0]} × {worst[1]} {milliseconds(times[worst])}",
+            "Time by the tile's height and width in pixels, a thread each; darker is slower.",
+            _small_print(record, source),
+        )
+        shades = matplotlib.colormaps["YlGnBu"]
+        for row, height in enumerate(heights):
+            y = 36 + row * cell_h
+            axes.text(left - 10, y + 12, f"{height}", ha="right", va="baseline", fontsize=TEXT_SIZE)
+            for column, width in enumerate(widths):
+                x = left + column * cell_w
+                time = times.get((height, width))
+                if time is None:
+                    continue
+                share = (time - times[best]) / (times[worst] - times[best] or 1.0)
+                _box(axes, x, y, cell_w - 2, cell_h - 2, facecolor=shades(0.1 + 0.8 * share))
+                ink = "white" if share > 0.55 else INK
+                middle = x + cell_w / 2 - 1
+                label = milliseconds(time)
+                style_ = {"ha": "center", "va": "baseline", "fontsize": TEXT_SIZE, "color": ink}
+                axes.text(middle, y + 11, label, **style_)
+        for column, width in enumerate(widths):
+            middle = left + column * cell_w + cell_w / 2
+            axes.text(middle, 22, f"{width}", ha="center", va="baseline", fontsize=TEXT_SIZE)
+        centre = left + len(widths) * cell_w / 2
+        small = {"va": "baseline", "fontsize": SMALL_SIZE, "color": SOFT}
+        axes.text(centre, 6, "tile width, output columns", ha="center", **small)
+        axes.text(left - 10, 44 + len(heights) * cell_h, "tile height, rows", ha="center", **small)
+    return figure
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 _NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
@@ -728,60 +785,6 @@ def svg(figure: Figure) -> str:
     mark = hashlib.sha256(text.encode()).hexdigest()[:8]  # so that pages can hold several figures
     text = re.sub(r"\b([a-z]-\d+)-asymconv\b", rf"\1-{mark}", text)
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
-
-
-def tiles(record: Record, source: str = records.VARIANTS.name) -> Figure:
-    """Heat map of the time of k04 over the height and width of its tile.
-
-    Raises:
-        ValueError: the record has no variants of k04.
-    """
-    times = {
-        (t.defines["TILE_H"], t.defines["TILE_W"]): t.median
-        for t in record.timings
-        if short_name(t.name) == "k04"
-    }
-    if not times:
-        raise ValueError(f"no variants of k04 in {record.title!r}")
-    heights, widths = (sorted({tile[axis] for tile in times}) for axis in (0, 1))
-    best, worst = min(times, key=times.__getitem__), max(times, key=times.__getitem__)
-    cell_w, cell_h, left = 74.0, 34.0, 74.0
-    with style():
-        figure, bottom, top = page(
-            cell_h * len(heights) + 52,
-            f"k04: a tile of {best[0]} × {best[1]} takes {milliseconds(times[best])}, "
-            f"of {worst[0]} × {worst[1]} {milliseconds(times[worst])}",
-            "Time by the tile's height and width in pixels, a thread each; darker is slower.",
-            _small_print(record, source),
-        )
-        axes = axes_at(figure, 0, bottom, WIDTH, top - bottom)
-        axes.set_axis_off()
-        axes.set_xlim(0, WIDTH)
-        axes.set_ylim(0, top - bottom)
-        shades = matplotlib.colormaps["YlGnBu"]
-        for row, height in enumerate(heights):
-            y = 36 + row * cell_h
-            axes.text(left - 10, y + 12, f"{height}", ha="right", va="baseline", fontsize=TEXT_SIZE)
-            for column, width in enumerate(widths):
-                x = left + column * cell_w
-                time = times.get((height, width))
-                if time is None:
-                    continue
-                share = (time - times[best]) / (times[worst] - times[best] or 1.0)
-                _box(axes, x, y, cell_w - 2, cell_h - 2, facecolor=shades(0.1 + 0.8 * share))
-                ink = "white" if share > 0.55 else INK
-                middle = x + cell_w / 2 - 1
-                label = milliseconds(time)
-                style_ = {"ha": "center", "va": "baseline", "fontsize": TEXT_SIZE, "color": ink}
-                axes.text(middle, y + 11, label, **style_)
-        for column, width in enumerate(widths):
-            middle = left + column * cell_w + cell_w / 2
-            axes.text(middle, 22, f"{width}", ha="center", va="baseline", fontsize=TEXT_SIZE)
-        centre = left + len(widths) * cell_w / 2
-        small = {"va": "baseline", "fontsize": SMALL_SIZE, "color": SOFT}
-        axes.text(centre, 6, "tile width, output columns", ha="center", **small)
-        axes.text(left - 10, 44 + len(heights) * cell_h, "tile height, rows", ha="center", **small)
-    return figure
 
 
 FIGURES: Mapping[str, Callable[[], Figure]] = {

@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from asymconv.kernels import RUNGS, Rung
-from asymconv.measure import Timing, check_and_time, time_ceilings
+from asymconv.measure import Kind, Timing, check_and_time, time_ceilings
 from asymconv.problem import CONTRACT, ConvShape
 
 FORMAT = 1
@@ -85,6 +86,11 @@ def _output(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def short_name(name: str) -> str:
+    """What figures and look-ups call a method: a rung by its number, others by their name."""
+    return name.split("_", 1)[0] if re.match(r"k\d\d_", name) else name
+
+
 @dataclass(frozen=True)
 class Record:
     """One run's measurements.
@@ -108,19 +114,19 @@ class Record:
         """The GPU's name."""
         return str(self.made["gpu"])
 
-    def of_kind(self, kind: str) -> list[Timing]:
-        """The timings of one kind ("rung", "peer", "ceiling"), in the record's order."""
+    def of_kind(self, kind: Kind) -> list[Timing]:
+        """The timings of one kind, in the record's order."""
         return [t for t in self.timings if t.kind == kind]
 
     def __getitem__(self, name: str) -> Timing:
         """The timing of this method; a rung also by its number. Raises KeyError."""
         for timing in self.timings:
-            if name in (timing.name, timing.name.split("_", 1)[0]):
+            if name in (timing.name, short_name(timing.name)):
                 return timing
         raise KeyError(f"no {name!r} in {self.title!r}; it has {[t.name for t in self.timings]}")
 
     def __contains__(self, name: str) -> bool:
-        return any(name in (t.name, t.name.split("_", 1)[0]) for t in self.timings)
+        return any(name in (t.name, short_name(t.name)) for t in self.timings)
 
     def save(self, path: Path) -> None:
         """Write the record; the file is whole or not there."""
@@ -183,7 +189,10 @@ def load(path: Path | None = None) -> Record:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file through a temporary one and a rename: whole or not at all."""
+    """Write a text file (UTF-8) through a temporary one and a rename: whole or not at all.
+
+    Makes the folder. Raises OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

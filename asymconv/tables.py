@@ -11,7 +11,7 @@ from rich.table import Table
 from asymconv.comparison import OURS, THEIRS, Layers, Network, Row
 from asymconv.kernels import RUNGS
 from asymconv.problem import ConvShape
-from asymconv.record import Record, write_atomically
+from asymconv.record import Record, short_name, write_atomically
 
 BEGIN, END = "<!-- ladder:begin -->", "<!-- ladder:end -->"
 
@@ -30,6 +30,9 @@ def ladder_rows(record: Record) -> Iterator[tuple[str, ...]]:
 
     "× nn.Conv2d" is how many times faster than PyTorch's default in the same run; "of the floor"
     the memory floor's time over the method's; the error is ‖y - ref‖ / ‖ref‖ against float64.
+
+    Raises:
+        KeyError: the record has no nn.Conv2d or no memory floor.
     """
     ideas = {rung.name: rung.idea for rung in RUNGS}
     peers = {"nn.Conv2d": "PyTorch's default, TF32", "nn.Conv2d, strict fp32": "TF32 forbidden"}
@@ -46,7 +49,7 @@ def ladder_rows(record: Record) -> Iterator[tuple[str, ...]]:
 
 
 def caption(record: Record) -> str:
-    """What the table shows, and where it was measured."""
+    """What the table shows, and where it was measured. Raises KeyError without a memory floor."""
     floor = record["memory floor"].median
     return (
         f"{record.shape}, forward, medians on {record.gpu}, torch {record.made['torch']}; "
@@ -80,6 +83,9 @@ def floor_rows(record: Record, shape: ConvShape | None = None) -> Iterator[tuple
     Args:
         record: whose GPU's ceilings.
         shape: another convolution than the record's, by the same rates.
+
+    Raises:
+        KeyError: the record lacks a ceiling.
     """
     shape = shape or record.shape
     moved = shape.least_bytes / record["memory floor"].gbytes / 1e6
@@ -141,7 +147,7 @@ def layer_rows(layers: Layers) -> Iterator[tuple[str, ...]]:
             else:
                 cells += ["", ""]
         flags = "" if tf32 else ", TF32 forbidden"
-        kernel = runs.split("_")[0] if runs else "PyTorch's"
+        kernel = short_name(runs) if runs else "PyTorch's"
         yield name + flags, str(shape.batch), kernel, *cells
 
 
