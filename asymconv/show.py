@@ -6,8 +6,8 @@ same on every machine, unless its name says `here`.
 
 from __future__ import annotations
 
-import base64
 import difflib
+import io
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from IPython.display import SVG, Markdown
 from matplotlib.figure import Figure
+from PIL import Image
 
 from asymconv import build, comparison, cpu, dispatch, plots, profiler, record, tables
 from asymconv.check import check, random_data
@@ -223,28 +224,35 @@ def bounds(of: record.Record) -> Markdown:
 
 
 class Picture:
-    """A figure in a notebook: as SVG, and as a Markdown image of the same.
+    """A figure in a notebook: as SVG, and as a small PNG of the same.
 
     JupyterLab does not show an SVG output of a notebook that it does not trust, one that was
-    cloned and not yet run; a Markdown image it shows. Others, GitHub among them, take the SVG.
+    cloned and not yet run; a PNG it shows. Whoever can show both takes the SVG.
     """
 
     def __init__(self, drawn: Figure) -> None:
         self.svg = SVG(plots.svg(drawn)).data
+        self.png = _png(drawn)
         bold = [text.get_text() for text in drawn.texts if text.get_fontweight() == "bold"]
         self.title = " ".join(bold)
 
     def __repr__(self) -> str:
         return self.title
 
-    def _repr_mimebundle_(self, **more: object) -> dict[str, str]:
-        data = base64.b64encode(self.svg.encode()).decode()
-        alt = re.sub(r"([\[\]])", r"\\\1", self.title)
-        return {
-            "image/svg+xml": self.svg,
-            "text/markdown": f"![{alt}](data:image/svg+xml;base64,{data})",
-            "text/plain": self.title,
-        }
+    def _repr_mimebundle_(self, **more: object) -> tuple[dict[str, object], dict[str, object]]:
+        data = {"image/svg+xml": self.svg, "image/png": self.png, "text/plain": self.title}
+        return data, {"image/png": {"width": round(plots.WIDTH / 0.75)}}  # CSS has 0.75 pt a pixel
+
+
+def _png(drawn: Figure) -> bytes:
+    """A figure with 1.5 pixels for each of CSS, in few colours: some 25 kB."""
+    buffer = io.BytesIO()
+    with plots.style():
+        drawn.savefig(buffer, format="png", dpi=1.5 * 72 / 0.75)
+    few = Image.open(buffer).convert("RGB").quantize(48, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    few.save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
 
 
 def figure(drawn: Figure) -> Picture:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import io
 import re
 import shutil
 
@@ -10,20 +10,24 @@ import pytest
 
 pytest.importorskip("IPython", reason="the study extra is not installed")
 
+from PIL import Image
+
 from asymconv import drawings, profiler, show
 from asymconv.kernels import get_rung
 from asymconv.problem import CONTRACT
 
 
-def test_a_picture_is_svg_and_a_markdown_image_of_the_same() -> None:
+def test_a_picture_is_svg_and_png_of_the_same() -> None:
     picture = show.figure(drawings.layer(CONTRACT))
-    bundle = picture._repr_mimebundle_()
-    alt, data = re.fullmatch(
-        r"!\[(.+)\]\(data:image/svg\+xml;base64,(.+)\)", bundle["text/markdown"]
-    ).groups()
-    assert base64.b64decode(data).decode() == bundle["image/svg+xml"]
-    assert bundle["image/svg+xml"].startswith("<svg")
-    assert alt == repr(picture) == "Each of 533,729,280 outputs is a sum of 576 products"
+    data, metadata = picture._repr_mimebundle_()
+    assert data["image/svg+xml"].startswith("<svg")
+    width, height = re.search(r'viewBox="0 0 (\d+) (\d+)"', data["image/svg+xml"]).groups()
+    png = Image.open(io.BytesIO(data["image/png"]))
+    assert png.width / png.height == pytest.approx(int(width) / int(height), rel=0.01)
+    assert png.width == 1.5 * metadata["image/png"]["width"]
+    assert len(data["image/png"]) < 100_000
+    assert len(png.convert("RGB").getcolors()) > 10
+    assert data["text/plain"] == "Each of 533,729,280 outputs is a sum of 576 products"
 
 
 def test_a_statement_is_shown_whole() -> None:
