@@ -175,7 +175,7 @@ class ConvShape:
         return replace(self, **changes)
 
     def conv_args(self) -> dict[str, object]:
-        """Keyword arguments for `torch.nn.functional.conv2d`."""
+        """Keyword arguments of PyTorch's functional conv2d: stride, padding, dilation, groups."""
         return {
             "stride": self.stride,
             "padding": self.padding,

@@ -211,10 +211,17 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve input (N, C, H, W)."""
-        chosen = choose_for(input, self)
-        if chosen is None:
-            return super().forward(input)
-        return Convolution.apply(input, self.weight, self.bias, *chosen)
+        if torch.jit.is_scripting():  # TorchScript compiles PyTorch's own
+            return self._conv_forward(input, self.weight, self.bias)
+        else:
+            return _forward(self, input)
+
+
+def _forward(layer: Conv2d, x: torch.Tensor) -> torch.Tensor:
+    chosen = choose_for(x, layer)
+    if chosen is None:
+        return nn.Conv2d.forward(layer, x)
+    return Convolution.apply(x, layer.weight, layer.bias, *chosen)
 
 
 class ModelNew(nn.Module):

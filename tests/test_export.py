@@ -90,6 +90,12 @@ for sizes, more in CASES:
     y.sum().backward()
     theirs_grad = torch.autograd.grad(theirs(x).sum(), x)[0]
     assert torch.equal(x.grad, theirs_grad)
+layer = model_new.ModelNew(3, 4, 3)
+x = torch.rand(2, 3, 9, 17)
+exported = torch.export.export(layer, (x,)).module()
+for changed in (torch.jit.script(layer), torch.jit.trace(layer, x), exported):
+    assert torch.equal(changed(x), layer(x))
+assert torch.equal(torch.func.vmap(layer)(x[None])[0], layer(x))
 for bad in (torch.rand(2, 3), torch.rand(1, 5, 9, 9), torch.rand(1, 2, 1, 9)):
     outcomes = []
     for layer in (model_new.ModelNew(2, 3, 3), nn.Conv2d(2, 3, 3, bias=False)):
@@ -140,6 +146,8 @@ def test_every_rung_can_be_exported(rung: Rung) -> None:
     text = export.text([rung])
     assert not export.FORBIDDEN.search(text)
     for word in ("import threading", "multiprocessing", "concurrent.futures", "cuda.Stream("):
+        assert word not in text
+    for word in ("torch.nn.", "nn.functional", "F.conv", "torch.conv"):  # it warns of these
         assert word not in text
     assert "__global__" in text
     assert "load_inline" in text
