@@ -19,7 +19,7 @@ SHAPES = [
     ConvShape(1, 5, 30, 41, 3, kernel=(2, 4), stride=(1, 3), dilation=(4, 1)),
 ]
 
-VARIANTS = [(rung, variant) for rung in RUNGS if rung.emulated for variant in rung.variants]
+VARIANTS = [(rung, variant) for rung in RUNGS for variant in rung.variants]
 
 
 def name(value: Rung | Mapping[str, int]) -> str:

@@ -444,7 +444,6 @@ struct Out {
   bool leftmost;  // no strip on the left
 };
 
-
 // Where a row of an item is to go. Worked out anew each time: registers are needed for weights and
 // sums.
 __device__ __forceinline__ Out out_row(int item, int row, float* y, const Conv& c,
@@ -554,25 +553,61 @@ __device__ __forceinline__ void redo_bad_rows(const float* __restrict__ x,
     }
   }
 }
+"""
+
+HOPPER_KERNEL = r"""
+constexpr int SHARED_BYTES = STATE_AT + sizeof(State);
+static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than a block can have");
+
+// WIDE: rows of x start on 16 bytes. EVEN: rows of y start on 8. __maxnreg__, since
+// __launch_bounds__ rounds threads up to whole warpgroups, and would leave 320 too few registers.
+template <bool WIDE, bool EVEN>
+__global__ void __maxnreg__(LAUNCH_REGISTERS)
+    conv2d_hopper(const float* __restrict__ x, const float* __restrict__ w,
+                  const float* __restrict__ bias, float* __restrict__ y, const Conv c,
+                  const Plan plan, const int blocks_k) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  State* const state = reinterpret_cast<State*>(shared + STATE_AT);
+  if (threadIdx.x == 0) {
+    if (shared_address(shared) % 1024) __trap();
+    state->initialize();
+    fence_async_proxy();  // the copy engine sees the barriers
+  }
+  const int scale =
+      sampled_scale<THREADS / 32>(x, plan.values, reinterpret_cast<unsigned*>(shared));
+  fence_async_proxy();  // the samples' place is written by copies next
+  __syncthreads();
+  if (threadIdx.x < CONSUMERS) {
+    registers_up_to<CONSUMER_REGISTERS>();
+    consume<EVEN>(x, w, bias, y, c, plan, blocks_k, shared, state, scale);
+  } else {
+    registers_down_to<PRODUCER_REGISTERS>();
+    produce<WIDE>(x, c, plan, blocks_k, shared, state, scale);
+  }
+}
 
 // On a device's own number of multiprocessors: a block has one for itself.
-template <typename Kernel>
-static int launch(Kernel kernel, int shared_bytes, const float* x, const float* w,
-                  const float* bias, float* y, const Conv& c, cudaStream_t stream) {
+extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
+                               const Conv* c, void* stream) {
+  const bool wide = c->W % 4 == 0 && (unsigned long long)x % 16 == 0;
+  const auto even = wide ? conv2d_hopper<true, true> : conv2d_hopper<false, true>;
+  const auto odd = wide ? conv2d_hopper<true, false> : conv2d_hopper<false, false>;
+  const auto kernel = c->OW % 2 == 0 ? even : odd;
   int device, multiprocessors;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
   }
   if (error != cudaSuccess) return (int)error;
-  const int blocks_k = (c.K + BLOCK_K - 1) / BLOCK_K;
+  const int blocks_k = (c->K + BLOCK_K - 1) / BLOCK_K;
   const int at_once = max(1, multiprocessors / blocks_k);
-  const Plan plan = plan_for(c, at_once);
+  const Plan plan = plan_for(*c, at_once);
   const int blocks = blocks_k * min(plan.items, at_once);
-  kernel<<<blocks, THREADS, shared_bytes, stream>>>(x, w, bias, y, c, plan, blocks_k);
+  kernel<<<blocks, THREADS, SHARED_BYTES, (cudaStream_t)stream>>>(x, w, bias, y, *c, plan,
+                                                                 blocks_k);
   return (int)cudaGetLastError();
 }
 """

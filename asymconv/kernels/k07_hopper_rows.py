@@ -24,7 +24,7 @@ So it should be memory's own time, 1.28 to 1.33 ms.
 """
 
 from asymconv.kernels.half_range import HALF_RANGE
-from asymconv.kernels.hopper_rows import HOPPER_ROWS, refusal
+from asymconv.kernels.hopper_rows import HOPPER_KERNEL, HOPPER_ROWS, refusal
 from asymconv.kernels.ptx import BULK, HOPPER, MMA, wgmma_f16_ra
 from asymconv.kernels.rung import Rung
 
@@ -46,8 +46,7 @@ constexpr int BLOCK_K = 128, HALVES = 1;
 """
     + HOPPER_ROWS
     + r"""
-constexpr int SHARED_BYTES = STATE_AT + sizeof(RingState);
-static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than a block can have");
+using State = RingState;
 
 // One output row, all taps. `pixels`: where the first tap's window starts within a ring row; a tap
 // further right starts a pixel later.
@@ -75,7 +74,7 @@ template <bool EVEN>
 __device__ __forceinline__ void consume(const float* __restrict__ x, const float* __restrict__ w,
                                         const float* __restrict__ bias, float* __restrict__ y,
                                         const Conv& c, const Plan& plan, int blocks_k,
-                                        unsigned char* shared, RingState* state, int scale) {
+                                        unsigned char* shared, State* state, int scale) {
   const auto wait_for_row = [&](int q) {
     mbarrier_wait(shared_address(&state->full[q % RING]), q / RING & 1);
   };
@@ -119,41 +118,8 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
     redo_bad_rows(x, w, y, c, plan, blocks_k, item, state);
   }
 }
-
-// __maxnreg__, since __launch_bounds__ would give 320 threads what 384 may have: 168 registers.
-template <bool WIDE, bool EVEN>
-__global__ void __maxnreg__(LAUNCH_REGISTERS)
-    conv2d_hopper_rows(const float* __restrict__ x, const float* __restrict__ w,
-                       const float* __restrict__ bias, float* __restrict__ y, const Conv c,
-                       const Plan plan, const int blocks_k) {
-  extern __shared__ __align__(1024) unsigned char shared[];
-  RingState* const state = reinterpret_cast<RingState*>(shared + STATE_AT);
-  if (threadIdx.x == 0) {
-    if (shared_address(shared) % 1024) __trap();
-    state->initialize();
-    fence_async_proxy();  // the copy engine sees the barriers
-  }
-  const int scale =
-      sampled_scale<THREADS / 32>(x, plan.values, reinterpret_cast<unsigned*>(shared));
-  fence_async_proxy();  // the samples' place is written by copies next
-  __syncthreads();
-  if (threadIdx.x < CONSUMERS) {
-    registers_up_to<CONSUMER_REGISTERS>();
-    consume<EVEN>(x, w, bias, y, c, plan, blocks_k, shared, state, scale);
-  } else {
-    registers_down_to<PRODUCER_REGISTERS>();
-    produce<WIDE>(x, c, plan, blocks_k, shared, state, scale);
-  }
-}
-
-extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
-                               const Conv* c, void* stream) {
-  const bool wide = c->W % 4 == 0 && (unsigned long long)x % 16 == 0;
-  const auto even = wide ? conv2d_hopper_rows<true, true> : conv2d_hopper_rows<false, true>;
-  const auto odd = wide ? conv2d_hopper_rows<true, false> : conv2d_hopper_rows<false, false>;
-  return launch(c->OW % 2 == 0 ? even : odd, SHARED_BYTES, x, w, bias, y, *c, (cudaStream_t)stream);
-}
 """
+    + HOPPER_KERNEL
 )
 
 

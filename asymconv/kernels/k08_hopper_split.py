@@ -23,7 +23,7 @@ fp32 in plain CUDA has 4.3e-7.
 """
 
 from asymconv.kernels.half_range import HALF_RANGE
-from asymconv.kernels.hopper_rows import HOPPER_ROWS, refusal
+from asymconv.kernels.hopper_rows import HOPPER_KERNEL, HOPPER_ROWS, refusal
 from asymconv.kernels.ptx import BULK, HOPPER, MMA, wgmma_f16_ra
 from asymconv.kernels.rung import Rung
 
@@ -46,9 +46,15 @@ constexpr int BLOCK_K = 64, HALVES = 2;
     + r"""
 struct State : RingState {
   unsigned long long handed[4], taken[4];  // a warp's sums, from warpgroup 0 to 1
+
+  __device__ __forceinline__ void initialize() {
+    RingState::initialize();
+    for (int i = 0; i < 4; ++i) {
+      mbarrier_init(shared_address(&handed[i]), 1);
+      mbarrier_init(shared_address(&taken[i]), 1);
+    }
+  }
 };
-constexpr int SHARED_BYTES = STATE_AT + sizeof(State);
-static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than a block can have");
 
 // One output row, all taps, a warpgroup's 32 channels. First what has a lo half in it, 2^11 times
 // too large: those sums are small, and what tensor cores cut off when they add is small against the
@@ -180,44 +186,8 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
     redo_bad_rows(x, w, y, c, plan, blocks_k, item, state);
   }
 }
-
-template <bool WIDE, bool EVEN>
-__global__ void __maxnreg__(LAUNCH_REGISTERS)
-    conv2d_hopper_split(const float* __restrict__ x, const float* __restrict__ w,
-                       const float* __restrict__ bias, float* __restrict__ y, const Conv c,
-                       const Plan plan, const int blocks_k) {
-  extern __shared__ __align__(1024) unsigned char shared[];
-  State* const state = reinterpret_cast<State*>(shared + STATE_AT);
-  if (threadIdx.x == 0) {
-    if (shared_address(shared) % 1024) __trap();
-    state->initialize();
-    for (int i = 0; i < 4; ++i) {
-      mbarrier_init(shared_address(&state->handed[i]), 1);
-      mbarrier_init(shared_address(&state->taken[i]), 1);
-    }
-    fence_async_proxy();  // the copy engine sees the barriers
-  }
-  const int scale =
-      sampled_scale<THREADS / 32>(x, plan.values, reinterpret_cast<unsigned*>(shared));
-  fence_async_proxy();  // the samples' place is written by copies next
-  __syncthreads();
-  if (threadIdx.x < CONSUMERS) {
-    registers_up_to<CONSUMER_REGISTERS>();
-    consume<EVEN>(x, w, bias, y, c, plan, blocks_k, shared, state, scale);
-  } else {
-    registers_down_to<PRODUCER_REGISTERS>();
-    produce<WIDE>(x, c, plan, blocks_k, shared, state, scale);
-  }
-}
-
-extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
-                               const Conv* c, void* stream) {
-  const bool wide = c->W % 4 == 0 && (unsigned long long)x % 16 == 0;
-  const auto even = wide ? conv2d_hopper_split<true, true> : conv2d_hopper_split<false, true>;
-  const auto odd = wide ? conv2d_hopper_split<true, false> : conv2d_hopper_split<false, false>;
-  return launch(c->OW % 2 == 0 ? even : odd, SHARED_BYTES, x, w, bias, y, *c, (cudaStream_t)stream);
-}
 """
+    + HOPPER_KERNEL
 )
 
 
