@@ -225,6 +225,28 @@ def sweep(
 
 
 @app.command()
+def strips(record: WriteRecord = False, output: RecordPath = None) -> None:
+    """Time k07's bytes in k07's strips without its products, written in many ways."""
+    from asymconv import strips as experiment
+    from asymconv.kernels import CANDIDATES, RUNGS
+
+    _need_gpu("strips")
+    with console.status("building, verifying, timing"):
+        result = experiment.measure_strips([r for r in (*RUNGS, *CANDIDATES) if r.arch == "90a"])
+    table = Table("what", "ms", "GB/s", *experiment.STRIPS.defines)
+    for timing in result.timings:
+        constants = experiment.STRIPS.defines | timing.defines
+        is_move = timing.name in experiment.SHAPES
+        values = [str(value) for value in constants.values()] if is_move else []
+        table.add_row(timing.name, f"{timing.median:.3f}", f"{timing.gbytes:,.0f}", *values)
+    console.print(table)
+    if record:
+        path = output or experiment.RECORD
+        result.save(path)
+        console.print(f"record: {path}", soft_wrap=True)
+
+
+@app.command()
 def profile(
     rungs: RungNames = "",
     also: Annotated[
