@@ -210,7 +210,13 @@ __device__ __forceinline__ void fetch(unsigned char* landing, unsigned landed, i
     }
   }
   mbarrier_arrive_expect(landed, bytes);
-  if (bytes > 0) bulk_load(shared_address(to), from - lead, bytes, landed);
+  if (bytes > 0) {
+    if (EVICT_LOADS) {
+      bulk_load_evict_first(shared_address(to), from - lead, bytes, landed);
+    } else {
+      bulk_load(shared_address(to), from - lead, bytes, landed);
+    }
+  }
 }
 
 // Bytes from a ring row's start to a chunk of a pixel. Rows start groups of 8 swizzled pixels.
@@ -493,7 +499,13 @@ __device__ __forceinline__ void send(int k, int lane, const Out& out,
     float* const row = out.first + (long long)k * out.plane;
     const int skip = columns_to_aligned(row), count = min(out.columns - skip, TILE_W);
     const float* const from = reinterpret_cast<const float*>(staging + k * STAGING_PITCH);
-    if (count >= 4) bulk_store(row + skip, shared_address(from), count / 4 * 16);
+    if (count >= 4) {
+      if (EVICT_STORES) {
+        bulk_store_evict_first(row + skip, shared_address(from), count / 4 * 16);
+      } else {
+        bulk_store(row + skip, shared_address(from), count / 4 * 16);
+      }
+    }
     for (int i = max(count, 0) & ~3; i < count; ++i) row[skip + i] = from[i];
   }
   bulk_commit();

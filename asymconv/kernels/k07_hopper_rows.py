@@ -25,20 +25,36 @@ So it should be memory's own time, 1.28 to 1.33 ms.
 
 from asymconv.kernels.half_range import HALF_RANGE
 from asymconv.kernels.hopper_rows import HOPPER_KERNEL, HOPPER_ROWS, refusal
-from asymconv.kernels.ptx import BULK, HOPPER, MMA, wgmma_f16_ra
+from asymconv.kernels.ptx import BULK, BULK_EVICT_FIRST, HOPPER, MMA, wgmma_f16_ra
 from asymconv.kernels.rung import Rung
 
-DEFINES = {"ALIGN": 8, "RING": 4, "LANDINGS": 2, "PRODUCER_WARPS": 4}
+DEFINES = {
+    "ALIGN": 8,
+    "RING": 4,
+    "LANDINGS": 2,
+    "PRODUCER_WARPS": 4,
+    "EVICT_LOADS": 0,
+    "EVICT_STORES": 0,
+}
 
-VARIANTS = ({"ALIGN": 8}, {"ALIGN": 4}, {"LANDINGS": 1}, {"PRODUCER_WARPS": 2})
+VARIANTS = (
+    {"ALIGN": 8},
+    {"ALIGN": 4},
+    {"LANDINGS": 1},
+    {"PRODUCER_WARPS": 2},
+    {"EVICT_LOADS": 1},
+    {"EVICT_STORES": 1},
+    {"EVICT_LOADS": 1, "EVICT_STORES": 1},
+)
 """Whole sectors; writing where bulk copies may begin; fetching one row ahead in place of two; two
-warps that fetch, with 40 registers, in place of four with 24."""
+warps that fetch, with 40 registers, in place of four with 24; lines that L2 lets go of first."""
 
 SOURCE = (
     HALF_RANGE
     + MMA
     + HOPPER
     + BULK
+    + BULK_EVICT_FIRST
     + wgmma_f16_ra(136)
     + """
 // A block: 128 filters, each a half.

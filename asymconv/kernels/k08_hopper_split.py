@@ -24,10 +24,17 @@ fp32 in plain CUDA has 4.3e-7.
 
 from asymconv.kernels.half_range import HALF_RANGE
 from asymconv.kernels.hopper_rows import HOPPER_KERNEL, HOPPER_ROWS, refusal
-from asymconv.kernels.ptx import BULK, HOPPER, MMA, wgmma_f16_ra
+from asymconv.kernels.ptx import BULK, BULK_EVICT_FIRST, HOPPER, MMA, wgmma_f16_ra
 from asymconv.kernels.rung import Rung
 
-DEFINES = {"ALIGN": 8, "RING": 4, "LANDINGS": 1, "PRODUCER_WARPS": 4}
+DEFINES = {
+    "ALIGN": 8,
+    "RING": 4,
+    "LANDINGS": 1,
+    "PRODUCER_WARPS": 4,
+    "EVICT_LOADS": 0,
+    "EVICT_STORES": 0,
+}
 
 VARIANTS = ({"PRODUCER_WARPS": 4}, {"PRODUCER_WARPS": 2})
 """Four warps that fetch and convert, with 24 registers each, or two with 40."""
@@ -37,6 +44,7 @@ SOURCE = (
     + MMA
     + HOPPER
     + BULK
+    + BULK_EVICT_FIRST
     + wgmma_f16_ra(136)
     + """
 // A block: 64 filters, as hi and lo halves, half of the channels for each warpgroup.
