@@ -339,6 +339,28 @@ def network(
         console.print(f"record: {path}", soft_wrap=True)
 
 
+@app.command(name="record")
+def record_all(
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write to, if not figures/data/.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Commands with commas, all unless told.")] = "",
+    limit: Annotated[float, typer.Option(help="Seconds that one of them may take.")] = 600.0,
+) -> None:
+    """Take every record anew on this GPU: bench, sweep, layers and so on, each with --record."""
+    from asymconv import retake
+    from asymconv.record import DATA_FOLDER
+
+    _need_gpu("record")
+    names = [name.strip() for name in only.split(",")] if only else ()
+    try:
+        failed = retake.retake(output or DATA_FOLDER, names, limit=limit, say=console.print)
+    except KeyError as error:
+        raise _fail(error.args[0]) from error
+    if failed:
+        raise _fail(f"failed: {', '.join(failed)}")
+
+
 @app.command()
 def figures(
     folder: Annotated[Path, typer.Option(help="Where to write the SVG files.")] = Path("figures"),
