@@ -267,6 +267,7 @@ def profile(
         defines = {k: int(v) for k, v in (c.split("=") for c in constants.split(","))}
         jobs.append((_rungs(name)[0], CONTRACT, defines))
     taken, path = [], output or profiler.COUNTERS
+    before = profiler.load(path) if path.exists() else None
     for rung, shape, defines in jobs:
         with console.status(f"profiling {rung.name}"):
             try:
@@ -274,7 +275,8 @@ def profile(
             except profiler.ProfilerError as error:
                 raise _fail(str(error)) from error
         if record:  # after each: a run that is cut off has lost nothing
-            profiler.Profile(records.environment(), tuple(taken)).save(path)
+            result = profiler.Profile(records.environment(), tuple(taken))
+            (before.joined(result) if before else result).save(path)
     full = [c for c in taken if c.shape == CONTRACT]
     table = Table("counter", *(records.short_name(c.name) for c in full))
     for name in profiler.METRICS:
