@@ -439,6 +439,20 @@ __device__ __forceinline__ bool load_weights(Weights& a, const float* __restrict
   return good;
 }
 
+// For a whole warp, once all its lanes are here.
+__device__ __forceinline__ void warp_arrives(unsigned long long* barrier) {
+  __syncwarp();
+  if (thread_again() % 32 == 0) mbarrier_arrive(shared_address(barrier));
+}
+
+// Row q of the ring, counted from the kernel's first: until it is there; and that it may be filled.
+__device__ __forceinline__ void wait_for_row(RingState* state, int q) {
+  mbarrier_wait(shared_address(&state->full[q % RING]), q / RING & 1);
+}
+__device__ __forceinline__ void release_row(RingState* state, int q) {
+  warp_arrives(&state->empty[q % RING]);
+}
+
 // Sums of 64 filters by 136 columns over a warpgroup's threads, as wgmma_m64n136k16_f16_ra does.
 using Sums = float[PRODUCT_W / 2];
 

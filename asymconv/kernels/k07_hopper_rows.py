@@ -91,34 +91,27 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
                                         const float* __restrict__ bias, float* __restrict__ y,
                                         const Conv& c, const Plan& plan, int blocks_k,
                                         unsigned char* shared, State* state, int scale) {
-  const auto wait_for_row = [&](int q) {
-    mbarrier_wait(shared_address(&state->full[q % RING]), q / RING & 1);
-  };
-  const auto release_row = [&](int q) {
-    __syncwarp();
-    if (thread_again() % 32 == 0) mbarrier_arrive(shared_address(&state->empty[q % RING]));
-  };
   Weights a;
   unsigned char* const turn = shared + RING_AT + threadIdx.x / 32 * TURN;
   const int k0 = blockIdx.x % blocks_k * BLOCK_K;
   const int warp_k = threadIdx.x / 32 * 16;
   if (!load_weights(a, w, bias, c, k0, warp_k, 0, turn, state, scale)) state->weights_bad = 1;
-  for (int i = 0; i < RING; ++i) release_row(i);  // of weights
+  for (int i = 0; i < RING; ++i) release_row(state, i);  // of weights
 
   const unsigned ring = shared_address(shared) + RING_AT;
   // Both in one register: the row of the item, and where the ring stood at its first.
   int at = 0;
   #pragma unroll 1
   for (int item = blockIdx.x / blocks_k; item < plan.items; item += gridDim.x / blocks_k) {
-    wait_for_row(at);
-    wait_for_row(at + 1);
+    wait_for_row(state, at);
+    wait_for_row(state, at + 1);
     #pragma unroll 1
     for (; at / ROUND < item_at(item, plan, c).rows; at += ROUND) {
       const int q = at % ROUND + at / ROUND;
-      wait_for_row(q + 2);
+      wait_for_row(state, q + 2);
       Sums sum;
       multiply(sum, a, ring, q, (unsigned)-c.pad_w & 3);  // strips start on 16 bytes
-      release_row(q);
+      release_row(state, q);
       const Out out = out_row(item, at / ROUND, y, c, plan, blocks_k);
       const int thread = thread_again(), lane = thread % 32, k = thread / 32 * 16;
       bulk_wait_read();  // the row before has left
@@ -128,8 +121,8 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
       send(k, lane, out, shared + STAGING_AT);
     }
     at = (at % ROUND + at / ROUND) % ROUND;
-    release_row(at);
-    release_row(at + 1);
+    release_row(state, at);
+    release_row(state, at + 1);
     at = (at + 2) % ROUND;
     redo_bad_rows(x, w, y, c, plan, blocks_k, item, state);
   }

@@ -119,24 +119,13 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
                                         const float* __restrict__ bias, float* __restrict__ y,
                                         const Conv& c, const Plan& plan, int blocks_k,
                                         unsigned char* shared, State* state, int scale) {
-  const auto wait_for_row = [&](int q) {
-    mbarrier_wait(shared_address(&state->full[q % RING]), q / RING & 1);
-  };
-  const auto release_row = [&](int q) {
-    __syncwarp();
-    if (thread_again() % 32 == 0) mbarrier_arrive(shared_address(&state->empty[q % RING]));
-  };
-  const auto one_lane_arrives = [&](unsigned long long* barrier) {
-    __syncwarp();
-    if (thread_again() % 32 == 0) mbarrier_arrive(shared_address(barrier));
-  };
   const int k = threadIdx.x / 32 % 4 * 16;  // a warp's filters, the same in both warpgroups
   const int channel0 = threadIdx.x < 128 ? 0 : CHANNELS / 2;
   Weights a;
   unsigned char* const turn = shared + RING_AT + threadIdx.x / 32 * TURN;
   const int k0 = blockIdx.x % blocks_k * BLOCK_K;
   if (!load_weights(a, w, bias, c, k0, k, channel0, turn, state, scale)) state->weights_bad = 1;
-  for (int i = 0; i < RING; ++i) release_row(i);  // of weights
+  for (int i = 0; i < RING; ++i) release_row(state, i);  // of weights
 
   unsigned char* const staging = shared + STAGING_AT;
   const unsigned ring = shared_address(shared) + RING_AT;
@@ -144,15 +133,15 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
   int at = 0;
   #pragma unroll 1
   for (int item = blockIdx.x / blocks_k; item < plan.items; item += gridDim.x / blocks_k) {
-    wait_for_row(at);
-    wait_for_row(at + 1);
+    wait_for_row(state, at);
+    wait_for_row(state, at + 1);
     #pragma unroll 1
     for (; at / ROUND < item_at(item, plan, c).rows; at += ROUND) {
       const int q = at % ROUND + at / ROUND;
-      wait_for_row(q + 2);
+      wait_for_row(state, q + 2);
       Sums sum;
       multiply(sum, a, ring + thread_again() / 128 * CHANNELS, q, (unsigned)-c.pad_w & 3);
-      release_row(q);
+      release_row(state, q);
       const int pair = thread_again() / 32 % 4;
       if (thread_again() < 128) {
         mbarrier_wait(shared_address(&state->taken[pair]), q & 1 ^ 1);
@@ -165,7 +154,7 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
             to[4 * j] = make_float2(sum[4 * j + eight * 2], sum[4 * j + eight * 2 + 1]);
           }
         }
-        one_lane_arrives(&state->handed[pair]);
+        warp_arrives(&state->handed[pair]);
       } else {
         mbarrier_wait(shared_address(&state->handed[pair]), q & 1);
         const int lane = thread_again() % 32;
@@ -184,12 +173,12 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
         stage<EVEN>(sum, 1, pair * 16 + 8, lane, out, state, staging);
         send(pair * 16, lane, out, staging);
         bulk_wait_read();
-        one_lane_arrives(&state->taken[pair]);
+        warp_arrives(&state->taken[pair]);
       }
     }
     at = (at % ROUND + at / ROUND) % ROUND;
-    release_row(at);
-    release_row(at + 1);
+    release_row(state, at);
+    release_row(state, at + 1);
     at = (at + 2) % ROUND;
     redo_bad_rows(x, w, y, c, plan, blocks_k, item, state);
   }
