@@ -508,11 +508,21 @@ def load(
                 name = re.sub(r"\W", "_", f"asymconv_{key}")
                 _build_cuda(rung.text(defines), name, arch, folder)
             else:
-                cpu.write_sources(rung.text(defines), folder)
-                traced = backend == "cpu-traced"
-                for command in cpu.commands(folder, traced=traced, cxx=cxx_compiler()):
-                    _run(command, folder)
+                _build_cpu(rung.text(defines), backend == "cpu-traced", folder)
     return _loaded.setdefault(key, Kernel(rung, backend, key, final / "kernel.so", defines))
+
+
+def _build_cpu(text: str, traced: bool, folder: Path) -> None:
+    """Compile a CUDA text for this CPU; what all texts are linked with is compiled once."""
+    cxx = cxx_compiler()
+    parts = {"cpu": cpu.fingerprint(cxx), "cxx": cxx, "traced": traced}
+    runtime = cache_folder() / f"emulator-{_digest(parts)}"
+    with _built_folder(runtime) as empty:
+        if empty is not None:
+            _run(cpu.runtime_command(empty, traced=traced, cxx=cxx), empty)
+    cpu.write_sources(text, folder)
+    for command in cpu.commands(folder, runtime, traced=traced, cxx=cxx):
+        _run(command, folder)
 
 
 def forget(rung: Rung) -> None:

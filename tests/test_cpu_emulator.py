@@ -964,12 +964,16 @@ def line_of(source: str, mark: str) -> int:
 
 
 def build(source: str, folder: Path, *, traced: bool, cxx: str = "g++") -> cpu.Program:
-    folder.mkdir()
-    cpu.write_sources(source, folder)
-    for command in cpu.commands(folder, traced=traced, cxx=cxx):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    def run(command: list[str]) -> None:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "warning" not in done.stderr, done.stderr
+
+    folder.mkdir()
+    run(cpu.runtime_command(folder, traced=traced, cxx=cxx))
+    cpu.write_sources(source, folder)
+    for command in cpu.commands(folder, folder, traced=traced, cxx=cxx):
+        run(command)
     return cpu.Program(folder / "kernel.so")
 
 
@@ -1687,7 +1691,7 @@ def test_call_refuses_what_it_cannot_do(programs):
 
 def test_compile_errors_name_the_line_of_the_text(tmp_path):
     cpu.write_sources("\n\n__global__ void k(float* y) { y[0] = unknown; }\n", tmp_path)
-    command = cpu.commands(tmp_path, traced=False)[0]
+    command, _ = cpu.commands(tmp_path, tmp_path, traced=False)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert re.search(r"^kernel\.cu:3:\d+: error: .*unknown", done.stderr, re.MULTILINE)

@@ -1,10 +1,10 @@
 """Runs CUDA C++ on a CPU, and counts what its memory accesses would cost a GPU.
 
 The same text that nvcc compiles is translated as little as g++ needs (`translate`), compiled to a
-shared library (`write_sources`, `commands`) and run (`Program`): one block at a time, every CUDA
-thread on a stack of its own, with barriers, warp shuffles, shared memory, cp.async, ldmatrix and
-mma.sync; and of Hopper mbarriers, named barriers, wgmma, bulk copies and stmatrix. Tensor maps and
-clusters are not there.
+shared library (`runtime_command`, `write_sources`, `commands`) and run (`Program`): one block at a
+time, every CUDA thread on a stack of its own, with barriers, warp shuffles, shared memory,
+cp.async, ldmatrix and mma.sync; and of Hopper mbarriers, named barriers, wgmma, bulk copies and
+stmatrix. Tensor maps and clusters are not there.
 
 - Shared memory holds NaN when a block begins. A barrier that not all threads reach, and every other
   fault, is an `EmulationError` that names kernel and block; the process and the library live on.
@@ -22,7 +22,7 @@ from asymconv.cpu.program import (
     Request,
     aligned_empty,
 )
-from asymconv.cpu.toolchain import commands, fingerprint, write_sources
+from asymconv.cpu.toolchain import commands, fingerprint, runtime_command, write_sources
 from asymconv.cpu.translate import TranslationError, translate
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "aligned_empty",
     "commands",
     "fingerprint",
+    "runtime_command",
     "translate",
     "write_sources",
 ]

@@ -67,41 +67,56 @@ def fingerprint(cxx: str = "g++") -> str:
     return digest.hexdigest()[:32]
 
 
+def runtime_command(folder: Path, *, traced: bool, cxx: str = "g++") -> list[str]:
+    """The command, to be run in `folder`, that compiles there what all kernels are linked with.
+
+    Args:
+        folder: an existing one.
+        traced: what libraries that count and check memory accesses need.
+        cxx: the compiler.
+    """
+    sources = [str(_HERE / name) for name in _runtime(traced)]
+    return [cxx, *_COMMON, *_plain_flags(), f"-DEMU_TRACED={int(traced)}", "-c", *sources]
+
+
 def write_sources(source: str, folder: Path) -> None:
     """Write all that `commands` compiles into an existing folder.
 
     Args:
         source: the CUDA text; also written, as kernel.cu, to look at.
-        folder: gets kernel.cpp and the emulator's own sources.
+        folder: gets kernel.cpp and the headers that it includes.
 
     Raises:
         TranslationError: the text has a launch that the translator cannot read.
     """
     (folder / KERNEL).write_text(source)
     (folder / "kernel.cpp").write_text(translate(source, KERNEL))
-    for name in (*_HEADERS, *_RUNTIME, *_TRACER):
+    for name in _HEADERS:
         (folder / name).write_bytes((_HERE / name).read_bytes())
 
 
-def commands(folder: Path, *, traced: bool, cxx: str = "g++") -> list[list[str]]:
-    """The commands that, one after the other, turn the sources into folder/"kernel.so".
+def commands(
+    folder: Path, runtime: Path, *, traced: bool, cxx: str = "g++"
+) -> tuple[list[str], list[str]]:
+    """The commands, compiler and linker, that turn the sources into folder/"kernel.so".
 
     Args:
         folder: where `write_sources` wrote.
+        runtime: where `runtime_command` of the same compiler, `traced` alike, has run.
         traced: build the library that counts and checks memory accesses; it is slower.
         cxx: the compiler. Traced builds want g++ (clang splits vector copies into calls of memcpy).
     """
     kernel_flags = _TRACED if traced else _plain_flags()
-    runtime = [str(folder / name) for name in (*_RUNTIME, *(_TRACER if traced else ()))]
     kernel_object = str(folder / "kernel.o")
-    library = str(folder / "kernel.so")
-    return [
+    objects = [str(runtime / name.replace(".cpp", ".o")) for name in _runtime(traced)]
+    return (
         [cxx, *_COMMON, *kernel_flags, "-c", str(folder / "kernel.cpp"), "-o", kernel_object],
-        [
-            *(cxx, *_COMMON, *_plain_flags(), f"-DEMU_TRACED={int(traced)}"),
-            *(*runtime, kernel_object, *_LINK, "-o", library),
-        ],
-    ]
+        [cxx, *objects, kernel_object, *_LINK, "-o", str(folder / "kernel.so")],
+    )
+
+
+def _runtime(traced: bool) -> tuple[str, ...]:
+    return (*_RUNTIME, *_TRACER) if traced else _RUNTIME
 
 
 def _plain_flags() -> tuple[str, ...]:
