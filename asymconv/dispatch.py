@@ -287,11 +287,13 @@ def always(*numbers: str) -> Iterator[None]:
     On a CPU the rung's CUDA text runs there (`asymconv.cpu`): slow, small shapes only.
 
     Args:
-        numbers: rungs, best first; unless told all, the highest first.
+        numbers: rungs, best first; unless told all, the highest first, those that need TF32 to be
+            allowed before those that do not.
     """
     global _forced
     before = _forced
-    _forced = numbers or tuple(rung.number for rung in reversed(RUNGS))
+    best_first = sorted(reversed(RUNGS), key=lambda rung: rung.precision != "tf32")
+    _forced = numbers or tuple(rung.number for rung in best_first)
     try:
         yield
     finally:
