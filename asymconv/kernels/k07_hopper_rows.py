@@ -120,7 +120,8 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
   }
 }
 
-// __maxnreg__, since __launch_bounds__ would give 320 threads what 384 may have: 168 registers.
+// __maxnreg__: 384 threads may have 168 registers; 320, with PRODUCER_WARPS 2, may have 200, of
+// which __launch_bounds__ would give them 168.
 template <bool WIDE, bool EVEN>
 __global__ void __maxnreg__(LAUNCH_REGISTERS)
     conv2d_hopper_rows(const float* __restrict__ x, const float* __restrict__ w,
