@@ -176,13 +176,14 @@ def counts(rung: Rung, lines: Sequence[cpu.LineCount]) -> Markdown:
         rows.append(
             (
                 f"`{source}`",
-                f"{line.space} {line.op}, {line.bytes_per_lane} B",
+                f"{line.space} {line.op}, {line.bytes_per_lane}\N{NO-BREAK SPACE}B",
                 f"{line.requests:,}",
                 f"{line.lanes_per_request:.1f}",
                 per_request,
             )
         )
-    return table(("line", "access", "requests", "lanes a request", "per request"), rows)
+    headers = ("line", "access", "requests", "lanes a request", "per request")
+    return table(headers, rows, texts=2)
 
 
 def made(of: record.Record) -> Markdown:
@@ -203,7 +204,7 @@ def timings(of: record.Record, names: Sequence[str]) -> Markdown:
             (
                 timing.name,
                 plots.significant(timing.median),
-                f"{100 * timing.spread:.2g} %",
+                f"{100 * timing.spread:.1f} %",
                 plots.significant(timing.tflops),
                 "" if timing.error is None else f"{timing.error:.1e}",
             )
@@ -226,7 +227,8 @@ def ceilings(of: record.Record) -> Markdown:
     """What the record's GPU delivers at most: bytes and operations a second."""
     rows = []
     for timing in of.of_kind("ceiling"):
-        rate = f"{timing.gbytes:,.0f} GB/s" if timing.bytes else f"{timing.tflops:,.0f} TFLOP/s"
+        tflops = plots.significant(timing.tflops)
+        rate = f"{timing.gbytes:,.0f} GB/s" if timing.bytes else f"{tflops} TFLOP/s"
         rows.append((timing.name, plots.significant(timing.median), rate))
     return table(("ceiling", "median, ms", "rate"), rows)
 

@@ -79,4 +79,4 @@ def test_timings_have_the_digits_that_they_are_worth() -> None:
     rows = show.timings(of, ["k01", "k02"]).data.splitlines()
     assert "| (max - min) / median |" in rows[0]
     assert rows[2] == "| k01_slow | 1909 | 1.2 % | 0.322 | 4.3e-07 |"
-    assert rows[3] == "| k02_fast | 4.26 | 24 % | 144 |  |"
+    assert rows[3] == "| k02_fast | 4.26 | 23.7 % | 144 |  |"
