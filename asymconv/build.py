@@ -498,8 +498,6 @@ def load(
                 f"{rung.name} needs sm_{rung.arch or rung.capability}, not {capability}"
             )
         arch = device_arch(rung, device)
-    elif not rung.emulated:
-        raise BuildError(f"{rung.name} has instructions that the CPU backend does not run")
     key = build_key(rung, backend, arch, defines)
     if key in _loaded:
         return _loaded[key]
@@ -523,10 +521,8 @@ def forget(rung: Rung) -> None:
         del _loaded[key]
 
 
-def _build_only(name: str, defines: Mapping[str, int]) -> None:
-    from asymconv.kernels import get_rung
-
-    load(get_rung(name), "cuda", defines=defines)
+def _build_only(rung: Rung, defines: Mapping[str, int]) -> None:
+    load(rung, "cuda", defines=defines)
 
 
 def load_all(jobs: Sequence[tuple[Rung, Mapping[str, int]]]) -> list[Kernel]:
@@ -538,6 +534,6 @@ def load_all(jobs: Sequence[tuple[Rung, Mapping[str, int]]]) -> list[Kernel]:
         return []
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), mp_context=context) as pool:
-        for done in [pool.submit(_build_only, rung.name, defines) for rung, defines in jobs]:
+        for done in [pool.submit(_build_only, rung, defines) for rung, defines in jobs]:
             done.result()
     return [load(rung, "cuda", defines=defines) for rung, defines in jobs]

@@ -225,6 +225,28 @@ def sweep(
 
 
 @app.command()
+def strips(record: WriteRecord = False, output: RecordPath = None) -> None:
+    """Time k07's bytes in k07's strips without its products, written in many ways."""
+    from asymconv import strips as experiment
+    from asymconv.kernels import CANDIDATES, RUNGS
+
+    _need_gpu("strips")
+    with console.status("building, verifying, timing"):
+        result = experiment.measure_strips([r for r in (*RUNGS, *CANDIDATES) if r.arch == "90a"])
+    table = Table("what", "ms", "GB/s", *experiment.STRIPS.defines)
+    for timing in result.timings:
+        constants = experiment.STRIPS.defines | timing.defines
+        is_move = timing.name in experiment.SHAPES
+        values = [str(value) for value in constants.values()] if is_move else []
+        table.add_row(timing.name, f"{timing.median:.3f}", f"{timing.gbytes:,.0f}", *values)
+    console.print(table)
+    if record:
+        path = output or experiment.RECORD
+        result.save(path)
+        console.print(f"record: {path}", soft_wrap=True)
+
+
+@app.command()
 def profile(
     rungs: RungNames = "",
     also: Annotated[
@@ -245,6 +267,7 @@ def profile(
         defines = {k: int(v) for k, v in (c.split("=") for c in constants.split(","))}
         jobs.append((_rungs(name)[0], CONTRACT, defines))
     taken, path = [], output or profiler.COUNTERS
+    before = profiler.load(path) if path.exists() else None
     for rung, shape, defines in jobs:
         with console.status(f"profiling {rung.name}"):
             try:
@@ -252,7 +275,8 @@ def profile(
             except profiler.ProfilerError as error:
                 raise _fail(str(error)) from error
         if record:  # after each: a run that is cut off has lost nothing
-            profiler.Profile(records.environment(), tuple(taken)).save(path)
+            result = profiler.Profile(records.environment(), tuple(taken))
+            (before.joined(result) if before else result).save(path)
     full = [c for c in taken if c.shape == CONTRACT]
     table = Table("counter", *(records.short_name(c.name) for c in full))
     for name in profiler.METRICS:
@@ -315,6 +339,28 @@ def network(
         path = output or comparison.NETWORK_RECORD
         result.save(path)
         console.print(f"record: {path}", soft_wrap=True)
+
+
+@app.command(name="record")
+def record_all(
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write to, if not figures/data/.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Commands with commas, all unless told.")] = "",
+    limit: Annotated[float, typer.Option(help="Seconds that one of them may take.")] = 600.0,
+) -> None:
+    """Take every record anew on this GPU: bench, sweep, layers and so on, each with --record."""
+    from asymconv import retake
+    from asymconv.record import DATA_FOLDER
+
+    _need_gpu("record")
+    names = [name.strip() for name in only.split(",")] if only else ()
+    try:
+        failed = retake.retake(output or DATA_FOLDER, names, limit=limit, say=console.print)
+    except KeyError as error:
+        raise _fail(error.args[0]) from error
+    if failed:
+        raise _fail(f"failed: {', '.join(failed)}")
 
 
 @app.command()

@@ -264,7 +264,7 @@ def _first_that_can(facts: Facts, shape: ConvShape, numbers: Sequence[str]) -> D
             reason = "TF32 is forbidden"
         elif facts.device == "cuda" and not rung.runs_on(facts.capability):
             reason = f"not for sm_{facts.capability[0]}{facts.capability[1]}"
-        elif facts.device != "cuda" and (facts.device != "cpu" or not rung.emulated):
+        elif facts.device not in ("cuda", "cpu"):
             reason = f"does not run on {facts.device}"
         if reason is None:
             return Decision(rung, f"{rung.idea}; forced", shape)

@@ -27,6 +27,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
 from asymconv import record as records
+from asymconv import strips
 from asymconv.measure import Timing
 from asymconv.record import Record, short_name
 
@@ -754,6 +755,62 @@ def tiles(record: Record, source: str = records.VARIANTS.name) -> Figure:
         small = {"va": "baseline", "fontsize": SMALL_SIZE, "color": SOFT}
         axes.text(centre, 6, "tile width, output columns", ha="center", **small)
         axes.text(left - 10, 44 + len(heights) * cell_h, "tile height, rows", ha="center", **small)
+    return figure
+
+
+# --- ways to write --------------------------------------------------------------------------------
+
+
+def writing(record: Record, source: str = strips.RECORD.name) -> Figure:
+    """The time of k07's bytes in k07's strips by the way they are written, without products.
+
+    Args:
+        record: of `strips.measure_strips`.
+        source: the record's file name, for the small print.
+
+    Raises:
+        KeyError: it is another record.
+        ValueError: it has no variant that reads and writes.
+    """
+    fallen, whole = strips.SHAPES
+    times = {name: {} for name in strips.SHAPES}
+    for timing in record.timings:
+        if timing.name in times:
+            times[timing.name][strips.describe(timing.defines)] = timing.median
+    both = {t: ms for t, ms in times[fallen].items() if "nothing" not in t}
+    if not both:
+        raise ValueError(f"no variant in {record.title!r} reads and writes")
+    best, worst = min(both, key=both.__getitem__), max(both, key=both.__getitem__)
+    floor = record[f"memory floor, {fallen}"].median
+    title = (
+        f"Moving the same bytes takes {milliseconds(both[worst])} or {milliseconds(both[best])}, "
+        "by the way they are written"
+    )
+    subtitle = f"Best: {best}; worst: {worst}. No products, 128 strips at once."
+    step, left = 21.0, 330.0
+    with style():
+        body = step * len(times[fallen])
+        figure, bottom, _top = page(body + 22 + 42, title, subtitle, _small_print(record, source))
+        axes = axes_at(figure, left, bottom + 42, WIDTH - left - MARGIN - 40, body)
+        axes.set_xlim(0, 1.02 * max(times[fallen].values()))
+        axes.set_ylim(len(times[fallen]) - 0.5, -0.5)
+        ticks = [0.5 * i for i in range(int(axes.get_xlim()[1] / 0.5) + 1)]
+        _ticks(axes, "x", ticks, [f"{tick:g}" for tick in ticks])
+        axes.yaxis.set_major_locator(NullLocator())
+        axes.axvline(floor, color=colour("memory floor"), linewidth=1.6, zorder=2)
+        text = f"memory floor {milliseconds(floor)}"
+        _note(axes, floor, -0.5, text, dx=-2, dy=5, ha="right", color=colour("memory floor"))
+        centre, foot = axes.get_xlim()[1] / 2, len(times[fallen]) - 0.5
+        axis_text = "milliseconds; hollow: rows of output 4096 bytes apart in place of 4088"
+        _note(axes, centre, foot, axis_text, dy=-29, ha="center", color=SOFT)
+        for row, (text, ms) in enumerate(times[fallen].items()):
+            ink = colour("k07") if text in both else SOFT
+            axes.plot([0, ms], [row, row], color=ink, linewidth=6, alpha=0.8, zorder=1)
+            if text in times[whole]:
+                at = {"marker": "o", "markersize": 5, "markerfacecolor": "white"}
+                axes.plot([times[whole][text]], [row], color=INK, linestyle="none", zorder=4, **at)
+            _note(axes, ms, row, significant(ms), dx=8, dy=-3.2, backed=True, fontweight="bold")
+            _note(axes, 0, row, text, dx=-8, dy=-3.2, ha="right")
     return figure
 
 

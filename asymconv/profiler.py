@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 
 from asymconv import build, cpu, record
 from asymconv.check import random_data
-from asymconv.kernels import Rung, get_rung
+from asymconv.kernels import CANDIDATES, RUNGS, Rung, get_rung
 from asymconv.problem import CONTRACT, ConvShape
 
 PROOF = ConvShape(8, 8, 20, 132, 16)
@@ -74,6 +74,7 @@ class Counters:
         shape: the convolution.
         values: by the names of `METRICS`: counts, bytes, ms, or percent of the hardware's peak.
         defines: tile constants that are not the rung's own.
+        made: where and with what, if not as the record says.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Counters:
     shape: ConvShape
     values: Mapping[str, float]
     defines: Mapping[str, int] = field(default_factory=dict)
+    made: Mapping[str, str | int] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
         """A counter by our name for it. Raises KeyError."""
@@ -161,7 +163,7 @@ def beside(lines: Sequence[cpu.LineCount], hardware: Counters) -> Iterator[tuple
 
 @dataclass(frozen=True)
 class Profile:
-    """A record of counters: several rungs, one GPU, one run.
+    """A record of counters: several rungs, one GPU. Counts, not times: runs may be joined.
 
     Attributes:
         made: where and with what (`record.environment`).
@@ -184,6 +186,26 @@ class Profile:
         """The counters of a rung on the contract's shape. Raises KeyError."""
         return self.of(name)
 
+    def joined(self, later: Profile) -> Profile:
+        """This record with a later one's counters; those of rungs that changed since are dropped.
+
+        Counters that stay keep their own `made`. Of another GPU none stays.
+        """
+        if later.made["gpu"] != self.made["gpu"]:
+            return later
+        hashes = {rung.name: rung.source_hash for rung in (*RUNGS, *CANDIDATES)}
+
+        def key(c: Counters) -> tuple[object, ...]:
+            return (c.name, c.shape, tuple(sorted(c.defines.items())))
+
+        taken = {key(c) for c in later.counters}
+        kept = [
+            replace(c, made=c.made or self.made)
+            for c in self.counters
+            if key(c) not in taken and hashes.get(c.name) == c.source_hash
+        ]
+        return Profile(later.made, (*kept, *later.counters))
+
     def save(self, path: Path) -> None:
         """Write the record; the file is whole or not there."""
         data = {"made": dict(self.made), "counters": [asdict(c) for c in self.counters]}
@@ -203,10 +225,7 @@ def load(path: Path = COUNTERS) -> Profile:
     if not path.exists():
         raise FileNotFoundError(f"no record {path}: it is made by `asymconv profile --record`")
     data = json.loads(path.read_text())
-    counters = tuple(
-        Counters(c["name"], c["source_hash"], _shape(c["shape"]), c["values"], c["defines"])
-        for c in data["counters"]
-    )
+    counters = tuple(Counters(**(c | {"shape": _shape(c["shape"])})) for c in data["counters"])
     return Profile(data["made"], counters)
 
 

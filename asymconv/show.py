@@ -18,7 +18,7 @@ from IPython.display import SVG, Markdown
 from matplotlib.figure import Figure
 from PIL import Image
 
-from asymconv import build, comparison, cpu, dispatch, plots, profiler, record, tables
+from asymconv import build, comparison, cpu, dispatch, plots, profiler, record, strips, tables
 from asymconv.check import check, random_data
 from asymconv.kernels import Rung, half_range, ptx
 from asymconv.problem import ConvShape
@@ -416,6 +416,11 @@ def network(path: Path = comparison.NETWORK_RECORD) -> Markdown:
     shape = "×".join(str(size) for size in of.input_shape)
     rows = table(tables.NETWORK_HEADERS, tables.network_rows(of))
     return Markdown(f"{rows.data}\n\n*{shape}, {of.made['gpu']}, {of.made['date']}.*")
+
+
+def writing(path: Path = strips.RECORD) -> Picture | Markdown:
+    """The record of `asymconv strips` as a figure, or that it was not taken yet."""
+    return figure(plots.writing(record.load(path))) if path.exists() else _not_taken("strips")
 
 
 def _not_taken(command: str) -> Markdown:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from asymconv import machine, record, study
+from asymconv import comparison, machine, profiler, record, retake, strips, study
 from asymconv.cli import app
 from asymconv.kernels import RUNGS
 from asymconv.problem import ConvShape
@@ -191,3 +193,44 @@ def test_the_study_shows_what_it_measured(
     study.measure_live(tmp_path, Console())
     assert record.ladder_path() == (tmp_path / "data" / "ladder.json").resolve()
     assert record.load()["k03"].median == record.load(record.LADDER)["k03"].median
+
+
+def test_every_command_that_records_is_taken_anew() -> None:
+    click = typer.main.get_command(app)
+    with_record = {
+        name: command
+        for name, command in click.commands.items()
+        if any("--record" in option.opts for option in command.params)
+    }
+    assert set(with_record) == set(retake.FILES)
+    paths = (record.LADDER, record.VARIANTS, strips.RECORD, profiler.COUNTERS)
+    paths += (comparison.LAYERS_RECORD, comparison.NETWORK_RECORD)
+    assert {path.name for path in paths} == set(retake.FILES.values())
+
+
+def test_one_record_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran, lines = [], []
+
+    def run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+        ran.append(command[3:])
+        if "sweep" in command:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, int("layers" in command))
+
+    monkeypatch.setattr(retake.subprocess, "run", run)
+    failed = retake.retake(tmp_path, ["bench", "sweep", "layers"], limit=5, say=lines.append)
+    assert failed == ["sweep", "layers"]
+    assert ran[0] == ["bench", "--record", "--output", str(tmp_path / "ladder.json")]
+    assert len(ran) == 3
+    assert any("more than 5 s" in line for line in lines)
+    with pytest.raises(KeyError, match="'figures' writes no record"):
+        retake.retake(tmp_path, ["figures"])
+
+
+@no_gpu
+def test_records_need_a_gpu() -> None:
+    result = runner.invoke(app, ["record"])
+    assert result.exit_code == 1
+    assert "record needs a GPU" in result.output

@@ -234,7 +234,7 @@ def test_on_the_contract_the_default_runs_hoppers_rung_and_elsewhere_another() -
     assert number((7, 5), True, CONTRACT) is None
 
 
-@pytest.mark.parametrize("rung", [r for r in ALL if r.emulated], ids=lambda rung: rung.name)
+@pytest.mark.parametrize("rung", ALL, ids=lambda rung: rung.name)
 def test_the_layer_is_right_with_its_cuda_text_on_the_cpu(
     rung: Rung, monkeypatch: pytest.MonkeyPatch
 ) -> None:

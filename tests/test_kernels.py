@@ -40,10 +40,6 @@ def device_of(backend: str) -> str:
     return "cuda" if backend == "cuda" else "cpu"
 
 
-def emulated(rungs: tuple[Rung, ...], backend: str) -> list[Rung]:
-    return [r for r in rungs if backend == "cuda" or r.emulated]
-
-
 @st.composite
 def shapes(draw: st.DrawFn) -> ConvShape:
     """Small convolutions of every kind, odd sizes and borders included."""
@@ -76,8 +72,6 @@ def shapes(draw: st.DrawFn) -> ConvShape:
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
 @pytest.mark.parametrize("rung", KERNELS, ids=lambda r: r.name)
 def test_odd_shapes(rung: Rung, shape: ConvShape, backend: str) -> None:
-    if rung not in emulated(KERNELS, backend):
-        pytest.skip(f"{rung.name} has instructions that the CPU backend does not run")
     if reason := rung.refuses(shape):
         pytest.skip(f"{rung.name} refuses: {reason}")
     check(build.load(rung, backend), shape, device_of(backend))
@@ -91,8 +85,6 @@ def test_odd_shapes(rung: Rung, shape: ConvShape, backend: str) -> None:
 @given(shape=shapes(), seed=st.integers(0, 2**31 - 2))
 def test_any_shape(rung: Rung, backend: str, shape: ConvShape, seed: int) -> None:
     """What a rung admits, it computes; what it refuses, it says."""
-    if rung not in emulated(KERNELS, backend):
-        pytest.skip(f"{rung.name} has instructions that the CPU backend does not run")
     kernel = build.load(rung, backend)
     if rung.refuses(shape):
         x, weight, bias = random_data(shape, device_of(backend), seed)
@@ -102,7 +94,7 @@ def test_any_shape(rung: Rung, backend: str, shape: ConvShape, seed: int) -> Non
         check(kernel, shape, device_of(backend), seed)
 
 
-@pytest.mark.parametrize("rung", [r for r in KERNELS if r.emulated], ids=lambda r: r.name)
+@pytest.mark.parametrize("rung", KERNELS, ids=lambda r: r.name)
 @pytest.mark.parametrize("order_seed", [1, 2, 3])
 def test_thread_order_does_not_matter(rung: Rung, order_seed: int) -> None:
     """Threads in another order, same bits; and no race on shared memory."""
@@ -152,7 +144,7 @@ def test_k07_without_what_orders_it(removed: str, found: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch_gives_empty_output(backend: str) -> None:
     shape = ConvShape(0, 3, 5, 6, 2)
-    for rung in emulated(KERNELS, backend):
+    for rung in KERNELS:
         x, weight, bias = random_data(shape, device_of(backend))
         assert build.load(rung, backend)(x, weight, bias, shape).shape == (0, 2, 3, 4)
 
@@ -216,8 +208,6 @@ def _with(x: torch.Tensor, value: float) -> torch.Tensor:
 )
 def test_the_range_of_fp32_is_kept(rung: Rung, case: str, backend: str) -> None:
     """Every element as right as the rung's class has it, whatever the magnitudes."""
-    if rung not in emulated(KERNELS, backend):
-        pytest.skip(f"{rung.name} has instructions that the CPU backend does not run")
     shape = ConvShape(2, 18, 9, 150, 20)
     x, weight, bias = random_data(shape, device_of(backend), seed=5)
     x, weight = HARD[case](x, weight)

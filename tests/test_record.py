@@ -12,7 +12,7 @@ from conftest import gpu
 
 from asymconv import build, measure, profiler, record
 from asymconv.check import Checked, check, random_data
-from asymconv.kernels import RUNGS, Rung
+from asymconv.kernels import RUNGS, Rung, get_rung
 from asymconv.measure import PEERS, Timing
 from asymconv.problem import CONTRACT, ConvShape
 
@@ -139,6 +139,9 @@ def test_timing_on_this_gpu(tmp_path: Path) -> None:
 
 
 # The lease ended before their counters came: `asymconv profile --rungs k05,k06,k07 --record`.
+NOT_SWEPT = {"k06": 4}
+"""So many of a rung's variants, the last ones, have yet to be timed."""
+
 NOT_PROFILED = {"k05", "k06", "k07"}
 
 
@@ -163,7 +166,8 @@ class TestPublishedCounters:
             assert timing.source_hash == hashes[timing.name]
         for rung in RUNGS:
             taken = [t.defines for t in sweep.of_kind("rung") if t.name == rung.name]
-            assert taken == [dict(v) for v in rung.variants]
+            swept = len(rung.variants) - NOT_SWEPT.get(rung.number, 0)
+            assert taken == [dict(v) for v in rung.variants[:swept]]
 
     @pytest.mark.parametrize(
         "rung",
@@ -296,3 +300,32 @@ def test_profiles_round_trip_and_ncus_csv_is_read(tmp_path: Path) -> None:
         made["k02"]
     with pytest.raises(profiler.ProfilerError, match="no kernel"):
         profiler._read("==ERROR== no permission")
+
+
+def test_counters_of_a_later_run_join_a_record() -> None:
+    def taken(name: str, value: float, source_hash: str | None = None) -> profiler.Counters:
+        now = source_hash or get_rung(name).source_hash
+        return profiler.Counters(get_rung(name).name, now, CONTRACT, {"registers": value})
+
+    first = profiler.Profile(
+        {"gpu": "one", "date": "before"},
+        (taken("k01", 1), taken("k02", 2, "of another text"), taken("k03", 3)),
+    )
+    both = first.joined(profiler.Profile({"gpu": "one", "date": "now"}, (taken("k03", 30),)))
+    assert [c.name[:3] for c in both.counters] == ["k01", "k03"], "k02 changed since"
+    assert both["k03"]["registers"] == 30
+    assert both.made["date"] == "now"
+    assert both["k01"].made["date"] == "before"
+    assert both["k03"].made == {}
+    assert both.joined(both)["k01"].made == both["k01"].made
+    alone = first.joined(profiler.Profile({"gpu": "another"}, (taken("k03", 30),)))
+    assert len(alone.counters) == 1
+
+
+def test_joined_counters_are_read_as_written(tmp_path: Path) -> None:
+    before = profiler.load()
+    later = profiler.Profile({**before.made, "date": "later"}, before.counters[:1])
+    joined = before.joined(later)
+    joined.save(tmp_path / "c.json")
+    assert profiler.load(tmp_path / "c.json") == joined
+    assert len(joined.counters) == len(before.counters)

@@ -210,7 +210,13 @@ __device__ __forceinline__ void fetch(unsigned char* landing, unsigned landed, i
     }
   }
   mbarrier_arrive_expect(landed, bytes);
-  if (bytes > 0) bulk_load(shared_address(to), from - lead, bytes, landed);
+  if (bytes > 0) {
+    if (EVICT_LOADS) {
+      bulk_load_evict_first(shared_address(to), from - lead, bytes, landed);
+    } else {
+      bulk_load(shared_address(to), from - lead, bytes, landed);
+    }
+  }
 }
 
 // Bytes from a ring row's start to a chunk of a pixel. Rows start groups of 8 swizzled pixels.
@@ -433,6 +439,20 @@ __device__ __forceinline__ bool load_weights(Weights& a, const float* __restrict
   return good;
 }
 
+// For a whole warp, once all its lanes are here.
+__device__ __forceinline__ void warp_arrives(unsigned long long* barrier) {
+  __syncwarp();
+  if (thread_again() % 32 == 0) mbarrier_arrive(shared_address(barrier));
+}
+
+// Row q of the ring, counted from the kernel's first: until it is there; and that it may be filled.
+__device__ __forceinline__ void wait_for_row(RingState* state, int q) {
+  mbarrier_wait(shared_address(&state->full[q % RING]), q / RING & 1);
+}
+__device__ __forceinline__ void release_row(RingState* state, int q) {
+  warp_arrives(&state->empty[q % RING]);
+}
+
 // Sums of 64 filters by 136 columns over a warpgroup's threads, as wgmma_m64n136k16_f16_ra does.
 using Sums = float[PRODUCT_W / 2];
 
@@ -443,7 +463,6 @@ struct Out {
   int columns;    // of the strip's and its right neighbours' that there are
   bool leftmost;  // no strip on the left
 };
-
 
 // Where a row of an item is to go. Worked out anew each time: registers are needed for weights and
 // sums.
@@ -494,7 +513,13 @@ __device__ __forceinline__ void send(int k, int lane, const Out& out,
     float* const row = out.first + (long long)k * out.plane;
     const int skip = columns_to_aligned(row), count = min(out.columns - skip, TILE_W);
     const float* const from = reinterpret_cast<const float*>(staging + k * STAGING_PITCH);
-    if (count >= 4) bulk_store(row + skip, shared_address(from), count / 4 * 16);
+    if (count >= 4) {
+      if (EVICT_STORES) {
+        bulk_store_evict_first(row + skip, shared_address(from), count / 4 * 16);
+      } else {
+        bulk_store(row + skip, shared_address(from), count / 4 * 16);
+      }
+    }
     for (int i = max(count, 0) & ~3; i < count; ++i) row[skip + i] = from[i];
   }
   bulk_commit();
@@ -554,25 +579,61 @@ __device__ __forceinline__ void redo_bad_rows(const float* __restrict__ x,
     }
   }
 }
+"""
+
+HOPPER_KERNEL = r"""
+constexpr int SHARED_BYTES = STATE_AT + sizeof(State);
+static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than a block can have");
+
+// WIDE: rows of x start on 16 bytes. EVEN: rows of y start on 8. __maxnreg__, since
+// __launch_bounds__ rounds threads up to whole warpgroups, and would leave 320 too few registers.
+template <bool WIDE, bool EVEN>
+__global__ void __maxnreg__(LAUNCH_REGISTERS)
+    conv2d_hopper(const float* __restrict__ x, const float* __restrict__ w,
+                  const float* __restrict__ bias, float* __restrict__ y, const Conv c,
+                  const Plan plan, const int blocks_k) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  State* const state = reinterpret_cast<State*>(shared + STATE_AT);
+  if (threadIdx.x == 0) {
+    if (shared_address(shared) % 1024) __trap();
+    state->initialize();
+    fence_async_proxy();  // the copy engine sees the barriers
+  }
+  const int scale =
+      sampled_scale<THREADS / 32>(x, plan.values, reinterpret_cast<unsigned*>(shared));
+  fence_async_proxy();  // the samples' place is written by copies next
+  __syncthreads();
+  if (threadIdx.x < CONSUMERS) {
+    registers_up_to<CONSUMER_REGISTERS>();
+    consume<EVEN>(x, w, bias, y, c, plan, blocks_k, shared, state, scale);
+  } else {
+    registers_down_to<PRODUCER_REGISTERS>();
+    produce<WIDE>(x, c, plan, blocks_k, shared, state, scale);
+  }
+}
 
 // On a device's own number of multiprocessors: a block has one for itself.
-template <typename Kernel>
-static int launch(Kernel kernel, int shared_bytes, const float* x, const float* w,
-                  const float* bias, float* y, const Conv& c, cudaStream_t stream) {
+extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
+                               const Conv* c, void* stream) {
+  const bool wide = c->W % 4 == 0 && (unsigned long long)x % 16 == 0;
+  const auto even = wide ? conv2d_hopper<true, true> : conv2d_hopper<false, true>;
+  const auto odd = wide ? conv2d_hopper<true, false> : conv2d_hopper<false, false>;
+  const auto kernel = c->OW % 2 == 0 ? even : odd;
   int device, multiprocessors;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
   }
   if (error != cudaSuccess) return (int)error;
-  const int blocks_k = (c.K + BLOCK_K - 1) / BLOCK_K;
+  const int blocks_k = (c->K + BLOCK_K - 1) / BLOCK_K;
   const int at_once = max(1, multiprocessors / blocks_k);
-  const Plan plan = plan_for(c, at_once);
+  const Plan plan = plan_for(*c, at_once);
   const int blocks = blocks_k * min(plan.items, at_once);
-  kernel<<<blocks, THREADS, shared_bytes, stream>>>(x, w, bias, y, c, plan, blocks_k);
+  kernel<<<blocks, THREADS, SHARED_BYTES, (cudaStream_t)stream>>>(x, w, bias, y, *c, plan,
+                                                                 blocks_k);
   return (int)cudaGetLastError();
 }
 """

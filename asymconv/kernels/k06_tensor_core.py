@@ -66,6 +66,9 @@ VARIANTS = tuple(
     for values in (
         *((64, 2, 1, 4, 64, 16), (32, 4, 2, 2, 64, 16), (32, 4, 2, 2, 64, 4)),
         *((32, 4, 2, 2, 64, 1), (32, 4, 4, 2, 32, 32), (64, 2, 2, 4, 32, 32)),
+        # 12 and 16 warps in place of 8: more of them to wait, more wavefronts an mma
+        *((32, 4, 1, 3, 64, 16), (64, 2, 1, 6, 32, 32), (32, 4, 2, 3, 32, 32)),
+        (32, 4, 1, 4, 64, 16),
     )
 )
 """Warp tiles, blocks and strips that are compared."""

@@ -24,21 +24,37 @@ So it should be memory's own time, 1.28 to 1.33 ms.
 """
 
 from asymconv.kernels.half_range import HALF_RANGE
-from asymconv.kernels.hopper_rows import HOPPER_ROWS, refusal
-from asymconv.kernels.ptx import BULK, HOPPER, MMA, wgmma_f16_ra
+from asymconv.kernels.hopper_rows import HOPPER_KERNEL, HOPPER_ROWS, refusal
+from asymconv.kernels.ptx import BULK, BULK_EVICT_FIRST, HOPPER, MMA, wgmma_f16_ra
 from asymconv.kernels.rung import Rung
 
-DEFINES = {"ALIGN": 8, "RING": 4, "LANDINGS": 2, "PRODUCER_WARPS": 4}
+DEFINES = {
+    "ALIGN": 8,
+    "RING": 4,
+    "LANDINGS": 2,
+    "PRODUCER_WARPS": 4,
+    "EVICT_LOADS": 0,
+    "EVICT_STORES": 0,
+}
 
-VARIANTS = ({"ALIGN": 8}, {"ALIGN": 4}, {"LANDINGS": 1}, {"PRODUCER_WARPS": 2})
+VARIANTS = (
+    {"ALIGN": 8},
+    {"ALIGN": 4},
+    {"LANDINGS": 1},
+    {"PRODUCER_WARPS": 2},
+    {"EVICT_LOADS": 1},
+    {"EVICT_STORES": 1},
+    {"EVICT_LOADS": 1, "EVICT_STORES": 1},
+)
 """Whole sectors; writing where bulk copies may begin; fetching one row ahead in place of two; two
-warps that fetch, with 40 registers, in place of four with 24."""
+warps that fetch, with 40 registers, in place of four with 24; lines that L2 lets go of first."""
 
 SOURCE = (
     HALF_RANGE
     + MMA
     + HOPPER
     + BULK
+    + BULK_EVICT_FIRST
     + wgmma_f16_ra(136)
     + """
 // A block: 128 filters, each a half.
@@ -46,8 +62,7 @@ constexpr int BLOCK_K = 128, HALVES = 1;
 """
     + HOPPER_ROWS
     + r"""
-constexpr int SHARED_BYTES = STATE_AT + sizeof(RingState);
-static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than a block can have");
+using State = RingState;
 
 // One output row, all taps. `pixels`: where the first tap's window starts within a ring row; a tap
 // further right starts a pixel later.
@@ -75,35 +90,28 @@ template <bool EVEN>
 __device__ __forceinline__ void consume(const float* __restrict__ x, const float* __restrict__ w,
                                         const float* __restrict__ bias, float* __restrict__ y,
                                         const Conv& c, const Plan& plan, int blocks_k,
-                                        unsigned char* shared, RingState* state, int scale) {
-  const auto wait_for_row = [&](int q) {
-    mbarrier_wait(shared_address(&state->full[q % RING]), q / RING & 1);
-  };
-  const auto release_row = [&](int q) {
-    __syncwarp();
-    if (thread_again() % 32 == 0) mbarrier_arrive(shared_address(&state->empty[q % RING]));
-  };
+                                        unsigned char* shared, State* state, int scale) {
   Weights a;
   unsigned char* const turn = shared + RING_AT + threadIdx.x / 32 * TURN;
   const int k0 = blockIdx.x % blocks_k * BLOCK_K;
   const int warp_k = threadIdx.x / 32 * 16;
   if (!load_weights(a, w, bias, c, k0, warp_k, 0, turn, state, scale)) state->weights_bad = 1;
-  for (int i = 0; i < RING; ++i) release_row(i);  // of weights
+  for (int i = 0; i < RING; ++i) release_row(state, i);  // of weights
 
   const unsigned ring = shared_address(shared) + RING_AT;
   // Both in one register: the row of the item, and where the ring stood at its first.
   int at = 0;
   #pragma unroll 1
   for (int item = blockIdx.x / blocks_k; item < plan.items; item += gridDim.x / blocks_k) {
-    wait_for_row(at);
-    wait_for_row(at + 1);
+    wait_for_row(state, at);
+    wait_for_row(state, at + 1);
     #pragma unroll 1
     for (; at / ROUND < item_at(item, plan, c).rows; at += ROUND) {
       const int q = at % ROUND + at / ROUND;
-      wait_for_row(q + 2);
+      wait_for_row(state, q + 2);
       Sums sum;
       multiply(sum, a, ring, q, (unsigned)-c.pad_w & 3);  // strips start on 16 bytes
-      release_row(q);
+      release_row(state, q);
       const Out out = out_row(item, at / ROUND, y, c, plan, blocks_k);
       const int thread = thread_again(), lane = thread % 32, k = thread / 32 * 16;
       bulk_wait_read();  // the row before has left
@@ -113,48 +121,14 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
       send(k, lane, out, shared + STAGING_AT);
     }
     at = (at % ROUND + at / ROUND) % ROUND;
-    release_row(at);
-    release_row(at + 1);
+    release_row(state, at);
+    release_row(state, at + 1);
     at = (at + 2) % ROUND;
     redo_bad_rows(x, w, y, c, plan, blocks_k, item, state);
   }
 }
-
-// __maxnreg__: 384 threads may have 168 registers; 320, with PRODUCER_WARPS 2, may have 200, of
-// which __launch_bounds__ would give them 168.
-template <bool WIDE, bool EVEN>
-__global__ void __maxnreg__(LAUNCH_REGISTERS)
-    conv2d_hopper_rows(const float* __restrict__ x, const float* __restrict__ w,
-                       const float* __restrict__ bias, float* __restrict__ y, const Conv c,
-                       const Plan plan, const int blocks_k) {
-  extern __shared__ __align__(1024) unsigned char shared[];
-  RingState* const state = reinterpret_cast<RingState*>(shared + STATE_AT);
-  if (threadIdx.x == 0) {
-    if (shared_address(shared) % 1024) __trap();
-    state->initialize();
-    fence_async_proxy();  // the copy engine sees the barriers
-  }
-  const int scale =
-      sampled_scale<THREADS / 32>(x, plan.values, reinterpret_cast<unsigned*>(shared));
-  fence_async_proxy();  // the samples' place is written by copies next
-  __syncthreads();
-  if (threadIdx.x < CONSUMERS) {
-    registers_up_to<CONSUMER_REGISTERS>();
-    consume<EVEN>(x, w, bias, y, c, plan, blocks_k, shared, state, scale);
-  } else {
-    registers_down_to<PRODUCER_REGISTERS>();
-    produce<WIDE>(x, c, plan, blocks_k, shared, state, scale);
-  }
-}
-
-extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
-                               const Conv* c, void* stream) {
-  const bool wide = c->W % 4 == 0 && (unsigned long long)x % 16 == 0;
-  const auto even = wide ? conv2d_hopper_rows<true, true> : conv2d_hopper_rows<false, true>;
-  const auto odd = wide ? conv2d_hopper_rows<true, false> : conv2d_hopper_rows<false, false>;
-  return launch(c->OW % 2 == 0 ? even : odd, SHARED_BYTES, x, w, bias, y, *c, (cudaStream_t)stream);
-}
 """
+    + HOPPER_KERNEL
 )
 
 

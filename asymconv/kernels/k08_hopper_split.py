@@ -23,11 +23,18 @@ fp32 in plain CUDA has 4.3e-7.
 """
 
 from asymconv.kernels.half_range import HALF_RANGE
-from asymconv.kernels.hopper_rows import HOPPER_ROWS, refusal
-from asymconv.kernels.ptx import BULK, HOPPER, MMA, wgmma_f16_ra
+from asymconv.kernels.hopper_rows import HOPPER_KERNEL, HOPPER_ROWS, refusal
+from asymconv.kernels.ptx import BULK, BULK_EVICT_FIRST, HOPPER, MMA, wgmma_f16_ra
 from asymconv.kernels.rung import Rung
 
-DEFINES = {"ALIGN": 8, "RING": 4, "LANDINGS": 1, "PRODUCER_WARPS": 4}
+DEFINES = {
+    "ALIGN": 8,
+    "RING": 4,
+    "LANDINGS": 1,
+    "PRODUCER_WARPS": 4,
+    "EVICT_LOADS": 0,
+    "EVICT_STORES": 0,
+}
 
 VARIANTS = ({"PRODUCER_WARPS": 4}, {"PRODUCER_WARPS": 2})
 """Four warps that fetch and convert, with 24 registers each, or two with 40."""
@@ -37,6 +44,7 @@ SOURCE = (
     + MMA
     + HOPPER
     + BULK
+    + BULK_EVICT_FIRST
     + wgmma_f16_ra(136)
     + """
 // A block: 64 filters, as hi and lo halves, half of the channels for each warpgroup.
@@ -46,9 +54,15 @@ constexpr int BLOCK_K = 64, HALVES = 2;
     + r"""
 struct State : RingState {
   unsigned long long handed[4], taken[4];  // a warp's sums, from warpgroup 0 to 1
+
+  __device__ __forceinline__ void initialize() {
+    RingState::initialize();
+    for (int i = 0; i < 4; ++i) {
+      mbarrier_init(shared_address(&handed[i]), 1);
+      mbarrier_init(shared_address(&taken[i]), 1);
+    }
+  }
 };
-constexpr int SHARED_BYTES = STATE_AT + sizeof(State);
-static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than a block can have");
 
 // One output row, all taps, a warpgroup's 32 channels. First what has a lo half in it, 2^11 times
 // too large: those sums are small, and what tensor cores cut off when they add is small against the
@@ -105,24 +119,13 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
                                         const float* __restrict__ bias, float* __restrict__ y,
                                         const Conv& c, const Plan& plan, int blocks_k,
                                         unsigned char* shared, State* state, int scale) {
-  const auto wait_for_row = [&](int q) {
-    mbarrier_wait(shared_address(&state->full[q % RING]), q / RING & 1);
-  };
-  const auto release_row = [&](int q) {
-    __syncwarp();
-    if (thread_again() % 32 == 0) mbarrier_arrive(shared_address(&state->empty[q % RING]));
-  };
-  const auto one_lane_arrives = [&](unsigned long long* barrier) {
-    __syncwarp();
-    if (thread_again() % 32 == 0) mbarrier_arrive(shared_address(barrier));
-  };
   const int k = threadIdx.x / 32 % 4 * 16;  // a warp's filters, the same in both warpgroups
   const int channel0 = threadIdx.x < 128 ? 0 : CHANNELS / 2;
   Weights a;
   unsigned char* const turn = shared + RING_AT + threadIdx.x / 32 * TURN;
   const int k0 = blockIdx.x % blocks_k * BLOCK_K;
   if (!load_weights(a, w, bias, c, k0, k, channel0, turn, state, scale)) state->weights_bad = 1;
-  for (int i = 0; i < RING; ++i) release_row(i);  // of weights
+  for (int i = 0; i < RING; ++i) release_row(state, i);  // of weights
 
   unsigned char* const staging = shared + STAGING_AT;
   const unsigned ring = shared_address(shared) + RING_AT;
@@ -130,15 +133,15 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
   int at = 0;
   #pragma unroll 1
   for (int item = blockIdx.x / blocks_k; item < plan.items; item += gridDim.x / blocks_k) {
-    wait_for_row(at);
-    wait_for_row(at + 1);
+    wait_for_row(state, at);
+    wait_for_row(state, at + 1);
     #pragma unroll 1
     for (; at / ROUND < item_at(item, plan, c).rows; at += ROUND) {
       const int q = at % ROUND + at / ROUND;
-      wait_for_row(q + 2);
+      wait_for_row(state, q + 2);
       Sums sum;
       multiply(sum, a, ring + thread_again() / 128 * CHANNELS, q, (unsigned)-c.pad_w & 3);
-      release_row(q);
+      release_row(state, q);
       const int pair = thread_again() / 32 % 4;
       if (thread_again() < 128) {
         mbarrier_wait(shared_address(&state->taken[pair]), q & 1 ^ 1);
@@ -151,7 +154,7 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
             to[4 * j] = make_float2(sum[4 * j + eight * 2], sum[4 * j + eight * 2 + 1]);
           }
         }
-        one_lane_arrives(&state->handed[pair]);
+        warp_arrives(&state->handed[pair]);
       } else {
         mbarrier_wait(shared_address(&state->handed[pair]), q & 1);
         const int lane = thread_again() % 32;
@@ -170,54 +173,18 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
         stage<EVEN>(sum, 1, pair * 16 + 8, lane, out, state, staging);
         send(pair * 16, lane, out, staging);
         bulk_wait_read();
-        one_lane_arrives(&state->taken[pair]);
+        warp_arrives(&state->taken[pair]);
       }
     }
     at = (at % ROUND + at / ROUND) % ROUND;
-    release_row(at);
-    release_row(at + 1);
+    release_row(state, at);
+    release_row(state, at + 1);
     at = (at + 2) % ROUND;
     redo_bad_rows(x, w, y, c, plan, blocks_k, item, state);
   }
 }
-
-template <bool WIDE, bool EVEN>
-__global__ void __maxnreg__(LAUNCH_REGISTERS)
-    conv2d_hopper_split(const float* __restrict__ x, const float* __restrict__ w,
-                       const float* __restrict__ bias, float* __restrict__ y, const Conv c,
-                       const Plan plan, const int blocks_k) {
-  extern __shared__ __align__(1024) unsigned char shared[];
-  State* const state = reinterpret_cast<State*>(shared + STATE_AT);
-  if (threadIdx.x == 0) {
-    if (shared_address(shared) % 1024) __trap();
-    state->initialize();
-    for (int i = 0; i < 4; ++i) {
-      mbarrier_init(shared_address(&state->handed[i]), 1);
-      mbarrier_init(shared_address(&state->taken[i]), 1);
-    }
-    fence_async_proxy();  // the copy engine sees the barriers
-  }
-  const int scale =
-      sampled_scale<THREADS / 32>(x, plan.values, reinterpret_cast<unsigned*>(shared));
-  fence_async_proxy();  // the samples' place is written by copies next
-  __syncthreads();
-  if (threadIdx.x < CONSUMERS) {
-    registers_up_to<CONSUMER_REGISTERS>();
-    consume<EVEN>(x, w, bias, y, c, plan, blocks_k, shared, state, scale);
-  } else {
-    registers_down_to<PRODUCER_REGISTERS>();
-    produce<WIDE>(x, c, plan, blocks_k, shared, state, scale);
-  }
-}
-
-extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
-                               const Conv* c, void* stream) {
-  const bool wide = c->W % 4 == 0 && (unsigned long long)x % 16 == 0;
-  const auto even = wide ? conv2d_hopper_split<true, true> : conv2d_hopper_split<false, true>;
-  const auto odd = wide ? conv2d_hopper_split<true, false> : conv2d_hopper_split<false, false>;
-  return launch(c->OW % 2 == 0 ? even : odd, SHARED_BYTES, x, w, bias, y, *c, (cudaStream_t)stream);
-}
 """
+    + HOPPER_KERNEL
 )
 
 

@@ -318,6 +318,36 @@ __device__ __forceinline__ void registers_up_to() {
 }
 """
 
+BULK_EVICT_FIRST = r"""
+// PTX ISA 9.7.9.18, createpolicy, and .L2::cache_hint: the same bulk copies, but L2 lets go of
+// their lines before others.
+__device__ __forceinline__ void bulk_load_evict_first(unsigned shared, const void* global,
+                                                      int bytes, unsigned barrier) {
+#ifdef __CUDACC__
+  asm volatile("{ .reg .b64 policy;\n"
+               "  createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+               "  cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+               "[%0], [%1], %2, [%3], policy; }\n" ::"r"(shared),
+               "l"(global), "r"(bytes), "r"(barrier)
+               : "memory");
+#else
+  emu::bulk_load(shared, global, bytes, barrier);
+#endif
+}
+__device__ __forceinline__ void bulk_store_evict_first(void* global, unsigned shared, int bytes) {
+#ifdef __CUDACC__
+  asm volatile("{ .reg .b64 policy;\n"
+               "  createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+               "  cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint "
+               "[%0], [%1], %2, policy; }\n" ::"l"(global),
+               "r"(shared), "r"(bytes)
+               : "memory");
+#else
+  emu::bulk_store(global, shared, bytes);
+#endif
+}
+"""
+
 STMATRIX = r"""
 // PTX ISA 9.7.14.5.16, stmatrix (sm_90): four 8x8 matrices of halves to shared memory, from the
 // registers that ldmatrix would fill. Lane 8 * m + r points at row r of matrix m, 16 bytes.

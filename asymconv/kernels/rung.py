@@ -109,7 +109,6 @@ class Rung:
         arch: the nvcc architecture it must be built for where one alone will do ("90a").
         defines: tile constants, macros with their values; a build may override them.
         variants: other values of the defines, to be compared by `asymconv sweep`.
-        emulated: whether `asymconv.cpu` can run its text.
     """
 
     name: str
@@ -122,7 +121,6 @@ class Rung:
     arch: str | None = None
     defines: Mapping[str, int] = field(default_factory=dict)
     variants: tuple[Mapping[str, int], ...] = ()
-    emulated: bool = True
 
     @property
     def number(self) -> str:

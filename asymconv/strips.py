@@ -1,0 +1,358 @@
+"""What device memory allows in the strips that k07 works in: its bytes without its products.
+
+A kernel that walks down strips of 128 columns like k07, reads each row of 64 channels, and writes
+rows of 128 filters: filter k is channel k % 64 as it stands. How it writes is a constant, so that
+ways to write can be compared with nothing else beside them. Not a convolution and not a rung.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from asymconv import build, measure, record
+from asymconv.check import check, random_data
+from asymconv.kernels import Rung
+from asymconv.kernels.ptx import BULK, BULK_EVICT_FIRST, HOPPER
+from asymconv.problem import BYTES_PER_FLOAT, CONTRACT, ConvShape
+
+NOTHING, REGISTERS, ROWS, BULK_COPIES = range(4)
+"""The ways to write, values of STORE: not at all; 8 bytes a lane for 8 filters, as sums lie in
+registers after wgmma; 256 bytes of one filter a request; 512 bytes of one filter a bulk copy."""
+
+CHANNELS, FILTERS, TILE_W = 64, 128, 128
+
+SOURCE = (
+    HOPPER
+    + BULK
+    + BULK_EVICT_FIRST
+    + r"""
+constexpr int NOTHING = 0, REGISTERS = 1, ROWS = 2, BULK_COPIES = 3;  // STORE
+constexpr int CHANNELS = 64, FILTERS = 128, TILE_W = 128, HALO = 2;
+constexpr int WRITERS = 256, THREADS = WRITERS + 32;  // a warp reads
+constexpr int WARP_K = FILTERS / (WRITERS / 32);
+static_assert(ALIGN == 2 || ALIGN % 4 == 0 && ALIGN <= 32, "floats; rows start on 8 bytes anyway");
+static_assert(STORE != BULK_COPIES || ALIGN >= 4, "bulk copies need 16 bytes");
+
+// A strip's rows begin at the first multiple of ALIGN floats of memory: so many columns more.
+constexpr int WINDOW_W = TILE_W + (ALIGN < 8 ? 8 : ALIGN) + 4;  // with the halo
+constexpr int LANDING_PITCH = TILE_W + 32 + 4;                  // floats
+constexpr int LANDING = CHANNELS * LANDING_PITCH, LANDINGS = 3;
+constexpr int STAGING_PITCH = TILE_W + 8;  // 16 bytes, and other banks from filter to filter
+struct Shared {
+  float landing[LANDINGS][LANDING];
+  float staging[FILTERS * STAGING_PITCH];
+  unsigned long long full[LANDINGS], empty[LANDINGS];
+};
+static_assert(sizeof(Shared) <= 227 * 1024, "more shared memory than a block can have");
+
+// A warp: a lane copies two channels of each row of its block's part of a strip.
+__device__ __forceinline__ void read_rows(const float* __restrict__ x, const Conv& c, int n,
+                                          int first, int rows, int ow0, Shared* shared) {
+  const int lane = threadIdx.x % 32, count = min(WINDOW_W, c.W - ow0);
+  for (int row = 0; row < rows; ++row) {
+    const int place = row % LANDINGS;
+    const unsigned full = shared_address(&shared->full[place]);
+    mbarrier_wait(shared_address(&shared->empty[place]), row / LANDINGS & 1 ^ 1);
+    mbarrier_arrive_expect(full, 2 * 4 * count);
+    for (int channel = lane; channel < CHANNELS; channel += 32) {
+      const float* const from = x + (((long long)n * CHANNELS + channel) * c.H + first + row) * c.W;
+      const unsigned to = shared_address(&shared->landing[place][channel * LANDING_PITCH]);
+      if (EVICT_LOADS) {
+        bulk_load_evict_first(to, from + ow0, 4 * count, full);
+      } else {
+        bulk_load(to, from + ow0, 4 * count, full);
+      }
+    }
+  }
+}
+
+// Two neighbouring outputs of a filter.
+__device__ __forceinline__ void write_two(float* to, float2 v) {
+  if (EVICT_STORES) {
+    __stcs(reinterpret_cast<float2*>(to), v);
+  } else {
+    *reinterpret_cast<float2*>(to) = v;
+  }
+}
+
+// 16 filters of one row, by a warp.
+__device__ __forceinline__ void write_row(float* __restrict__ y, const Conv& c, int n, int oh,
+                                          int ow0, const float* landing, float* staging) {
+  const int lane = threadIdx.x % 32, k0 = threadIdx.x / 32 * WARP_K;
+  const auto value = [&](int k, int column) {  // and its neighbour
+    const float* const from = landing + k % CHANNELS * LANDING_PITCH + column;
+    return LOAD ? make_float2(from[0], from[1])
+                : make_float2((float)(ow0 + column), (float)(ow0 + column + 1));
+  };
+  struct Row {
+    float* first;    // of the filter's row, at the strip
+    int skip, count;  // columns that the left strip writes; that this one does
+  };
+  const auto row_of = [&](int k) {
+    float* const first = y + (((long long)n * FILTERS + k) * c.OH + oh) * c.OW + ow0;
+    const int skip = (int)(-((unsigned long long)first >> 2) & (ALIGN - 1));
+    return Row{first, skip, max(0, min(TILE_W, c.OW - ow0 - skip))};
+  };
+  if (STORE == REGISTERS) {
+    for (int k = k0 + lane / 4; k < k0 + WARP_K; k += 8) {
+      const Row row = row_of(k);
+      for (int column = lane % 4 * 2; column < row.count; column += 8) {
+        write_two(row.first + row.skip + column, value(k, row.skip + column));
+      }
+    }
+  }
+  if (STORE == ROWS) {
+    for (int k = k0; k < k0 + WARP_K; ++k) {
+      const Row row = row_of(k);
+      for (int column = lane * 2; column < row.count; column += 64) {
+        write_two(row.first + row.skip + column, value(k, row.skip + column));
+      }
+    }
+  }
+  if (STORE == BULK_COPIES) {
+    bulk_wait_read();  // the row before has left
+    __syncwarp();
+    for (int k = k0; k < k0 + WARP_K; ++k) {
+      const Row row = row_of(k);
+      for (int column = lane * 2; column < row.count; column += 64) {
+        *reinterpret_cast<float2*>(staging + k * STAGING_PITCH + column) =
+            value(k, row.skip + column);
+      }
+    }
+    fence_async_proxy();
+    __syncwarp();
+    const int k = k0 + lane;
+    if (lane < WARP_K) {
+      const Row row = row_of(k);
+      const unsigned from = shared_address(staging + k * STAGING_PITCH);
+      const int bytes = row.count / 4 * 16;
+      if (bytes > 0 && EVICT_STORES) bulk_store_evict_first(row.first + row.skip, from, bytes);
+      if (bytes > 0 && !EVICT_STORES) bulk_store(row.first + row.skip, from, bytes);
+      if (row.count % 4) {
+        write_two(row.first + row.skip + row.count / 4 * 4,
+                  value(k, row.skip + row.count / 4 * 4));
+      }
+    }
+    bulk_commit();
+  }
+  if (STORE != NOTHING && ow0 == 0) {  // no strip on the left
+    for (int k = k0; k < k0 + WARP_K; ++k) {
+      const Row row = row_of(k);
+      if (2 * lane < min(row.skip, c.OW)) write_two(row.first + 2 * lane, value(k, 2 * lane));
+    }
+  }
+}
+
+__global__ void __launch_bounds__(THREADS, 1)
+    move_strips(const float* __restrict__ x, float* __restrict__ y, const Conv c) {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  Shared* const shared = reinterpret_cast<Shared*>(bytes);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < LANDINGS; ++i) {
+      mbarrier_init(shared_address(&shared->full[i]), 32);
+      mbarrier_init(shared_address(&shared->empty[i]), WRITERS / 32);
+    }
+    fence_async_proxy();  // the copy engine sees the barriers
+  }
+  __syncthreads();
+  // Strips are the fastest index: neighbours run side by side.
+  const int strips = (c.OW + TILE_W - 1) / TILE_W, part = blockIdx.x / strips % PARTS;
+  const int n = blockIdx.x / strips / PARTS, ow0 = blockIdx.x % strips * TILE_W;
+  const int first = (int)((long long)c.OH * part / PARTS);
+  const int rows = (int)((long long)c.OH * (part + 1) / PARTS) - first;
+  const int read = min(rows + HALO, c.H - first);  // as a 3x3 convolution reads
+  if (threadIdx.x >= WRITERS) {
+    if (LOAD) read_rows(x, c, n, first, read, ow0, shared);
+    return;
+  }
+  for (int row = 0; row < (LOAD ? read : rows); ++row) {
+    const int place = row % LANDINGS;
+    if (LOAD) mbarrier_wait(shared_address(&shared->full[place]), row / LANDINGS & 1);
+    if (row < rows) {
+      write_row(y, c, n, first + row, ow0, shared->landing[place], shared->staging);
+    }
+    __syncwarp();
+    if (LOAD && threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&shared->empty[place]));
+  }
+  if (STORE == BULK_COPIES) bulk_wait();
+}
+
+extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
+                               const Conv* c, void* stream) {
+  const cudaError_t error = cudaFuncSetAttribute(
+      move_strips, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  if (error != cudaSuccess) return (int)error;
+  const int blocks = c->N * PARTS * ((c->OW + TILE_W - 1) / TILE_W);
+  move_strips<<<blocks, THREADS, sizeof(Shared), (cudaStream_t)stream>>>(x, y, *c);
+  return (int)cudaGetLastError();
+}
+"""
+)
+
+
+def _refusal(shape: ConvShape, defines: Mapping[str, int]) -> str | None:
+    if (shape.in_channels, shape.out_channels) != (CHANNELS, FILTERS):
+        return f"it moves {CHANNELS} channels to {FILTERS} filters ({shape})"
+    if shape.width % 4 or shape.out_width % 2:
+        return f"its rows of input start on 16 bytes, of output on 8 ({shape})"
+    if shape.out_height > shape.height or shape.out_width > shape.width:
+        return f"an output is an input in its place, and there are more outputs ({shape})"
+    if max(math.prod(shape.input_shape[1:]), math.prod(shape.output_shape[1:])) >= 2**31:
+        return f"offsets within an image need more than 31 bits ({shape})"
+    return None
+
+
+def _way(store: int, align: int, **more: int) -> dict[str, int]:
+    return {"STORE": store, "ALIGN": align, **more}
+
+
+STRIPS = Rung(
+    name="strips",
+    idea="k07's bytes in k07's strips, and no products",
+    notebook="06_hopper",
+    source=SOURCE,
+    refusal=_refusal,
+    capability=(9, 0),
+    arch="90a",
+    defines={
+        "STORE": BULK_COPIES,
+        "ALIGN": 8,
+        "LOAD": 1,
+        "EVICT_LOADS": 0,
+        "EVICT_STORES": 0,
+        "PARTS": 2,
+    },
+    variants=(
+        _way(NOTHING, 8),
+        _way(BULK_COPIES, 8, LOAD=0),
+        _way(REGISTERS, 2),
+        _way(REGISTERS, 8),
+        _way(ROWS, 2),
+        _way(ROWS, 8),
+        _way(ROWS, 8, EVICT_STORES=1),
+        _way(ROWS, 32, EVICT_STORES=1),
+        _way(BULK_COPIES, 4),
+        _way(BULK_COPIES, 8),
+        _way(BULK_COPIES, 16),
+        _way(BULK_COPIES, 32),
+        _way(BULK_COPIES, 8, EVICT_STORES=1),
+        _way(BULK_COPIES, 8, EVICT_LOADS=1),
+        _way(BULK_COPIES, 8, EVICT_STORES=1, EVICT_LOADS=1),
+    ),
+)
+"""Built like a rung. STORE: a way to write. ALIGN: floats of memory at whose multiples a strip's
+rows begin; 2 is where they happen to (8 is a sector, 32 a line). LOAD: whether it reads. EVICT_*:
+whether L2 lets go of these lines first. PARTS: of a strip, a block each."""
+
+
+def expected(x: torch.Tensor, shape: ConvShape, defines: Mapping[str, int]) -> torch.Tensor:
+    """What a variant leaves in an output of NaN, (N, K, OH, OW) float32."""
+    constants = STRIPS.constants(defines)
+    if constants["STORE"] == NOTHING:
+        return torch.full(shape.output_shape, math.nan, device=x.device)
+    if not constants["LOAD"]:
+        columns = torch.arange(shape.out_width, dtype=torch.float32, device=x.device)
+        return columns.expand(shape.output_shape)
+    there = x[:, :, : shape.out_height, : shape.out_width]
+    return torch.cat([there] * (FILTERS // CHANNELS), dim=1)
+
+
+def verify(kernel: build.Kernel, shape: ConvShape, device: torch.device | str = "cpu") -> None:
+    """Run a built variant on fresh random data, into an output of NaN; bit for bit.
+
+    Raises:
+        AssertionError: an output is not what `expected` says.
+    """
+    x, weight, _ = random_data(shape, device)
+    out = torch.full(shape.output_shape, math.nan, device=device)
+    y = kernel(x, weight, None, shape.with_(bias=False), out=out)
+    for n in range(shape.batch):
+        wanted = expected(x[n : n + 1], shape.with_(batch=1), kernel.defines)
+        right = (y[n : n + 1] == wanted) | (y[n : n + 1].isnan() & wanted.isnan())
+        wrong = int((~right).sum())
+        assert wrong == 0, f"{kernel.key} on {shape}: {wrong} outputs of image {n} are wrong"
+
+
+def _bytes(shape: ConvShape, constants: Mapping[str, int]) -> int:
+    read = math.prod(shape.input_shape) if constants["LOAD"] else 0
+    written = shape.outputs if constants["STORE"] != NOTHING else 0
+    return BYTES_PER_FLOAT * (read + written)
+
+
+def describe(defines: Mapping[str, int]) -> str:
+    """What a variant does, in words for a table or figure."""
+    constants = STRIPS.constants(defines)
+    if constants["STORE"] == NOTHING:
+        return "reads, writes nothing"
+    ways = {
+        REGISTERS: "requests of 8 filters by 32 bytes",
+        ROWS: "requests of 256 bytes",
+        BULK_COPIES: "bulk copies of 512 bytes",
+    }
+    starts = {2: "", 4: ", from 16 bytes", 8: ", from sectors", 16: ", from 64 bytes"}
+    text = ways[constants["STORE"]] + starts.get(constants["ALIGN"], ", from lines")
+    evicted = [name for name in ("loads", "stores") if constants[f"EVICT_{name.upper()}"]]
+    if evicted:
+        text += f", {' and '.join(evicted)} evicted first"
+    return text if constants["LOAD"] else text + ", reads nothing"
+
+
+RECORD = record.DATA_FOLDER / "strips.json"
+
+SHAPES = {"strips": CONTRACT, "strips, whole lines": CONTRACT.with_(padding=1)}
+"""The contract's, whose rows of output are 4088 bytes apart; and padded, 4096: whole lines."""
+
+
+def _timing(
+    name: str,
+    kind: measure.Kind,
+    kernel: build.Kernel,
+    times: Mapping[str, tuple[float, ...]],
+    moved: int,
+) -> measure.Timing:
+    source = kernel.rung.source_hash
+    more = {"source_hash": source, "bytes": moved, "defines": kernel.defines}
+    return measure.Timing(name, kind, "", times[kernel.key], **more)
+
+
+def measure_strips(rungs: Sequence[Rung] = ()) -> record.Record:
+    """Verify and time all variants on this machine's GPU, on both of `SHAPES`, in one run.
+
+    Args:
+        rungs: convolutions to be checked and timed beside them, on the contract's shape.
+
+    Raises:
+        AssertionError: a variant or a rung gives a wrong result.
+        BuildError: one does not compile.
+    """
+    moves = build.load_all([(STRIPS, variant) for variant in STRIPS.variants])
+    convolutions = build.load_all([(rung, {}) for rung in rungs])
+    timings: list[measure.Timing] = []
+    for name, shape in SHAPES.items():
+        methods = moves + convolutions if shape == CONTRACT else moves
+        errors = {k.key: check(k, shape, "cuda").error for k in methods[len(moves) :]}
+        for kernel in moves:
+            verify(kernel, shape, "cuda")
+        torch.cuda.empty_cache()
+        x, weight, _ = random_data(shape, "cuda")
+        out = torch.empty(shape.output_shape, device="cuda")
+        floor = build.load(measure.FLOOR, "cuda")
+        calls = {
+            kernel.key: functools.partial(kernel, x, weight, None, shape, out)
+            for kernel in (*methods, floor)
+        }
+        times = measure.time_calls(calls, shape, rounds=3, budget_ms=100.0, warm_ms=20.0)
+        for kernel in moves:
+            moved = _bytes(shape, STRIPS.constants(kernel.defines))
+            timings.append(_timing(name, "ceiling", kernel, times, moved))
+        timings.append(_timing(f"memory floor, {name}", "ceiling", floor, times, shape.least_bytes))
+        for kernel in methods[len(moves) :]:
+            timing = _timing(kernel.rung.name, "rung", kernel, times, shape.least_bytes)
+            rung = {"precision": kernel.precision, "error": errors[kernel.key]}
+            timings.append(replace(timing, flops=shape.flops, **rung))
+    return record.make("k07's bytes in its strips, without its products", CONTRACT, timings, {})
