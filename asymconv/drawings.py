@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, Rectangle
@@ -109,8 +111,8 @@ def ring(slots: int = 4, taps: int = 3, steps: int = 4) -> Figure:
         figure, axes = canvas(
             46 + 30 * slots,
             f"A ring of {slots} rows: {taps} are multiplied, one is filled, none is fetched twice",
-            f"Shared memory while output rows 0 to {steps - 1} of a strip are made. "
-            "A row stays where it was put until its last product is done.",
+            f"Shared memory while a strip's output rows 0 to {steps - 1} are made. "
+            "A row stays until its last product.",
             ["kernel row: wgmma reads it for all taps of that row; filled: by warps that convert"],
         )
         left, wide, gap, high = 62.0, 118.0, 24.0, 26.0
@@ -144,8 +146,8 @@ def shifted_window(pixels: int = 12, columns: int = 8, taps: int = 3) -> Figure:
         figure, axes = canvas(
             34 + 15 * pixels,
             "A tap one column further right is the same data, started one pixel later",
-            "A row of the ring: each pixel 64 channels of fp16, 128 bytes in 8 chunks, "
-            "chunk i at place i ^ (pixel mod 8).",
+            "Each pixel is 64 channels of fp16, 128 bytes in 8 chunks; "
+            "chunk i is at place i ^ (pixel mod 8).",
             ["The swizzle goes by the bits of the address: wgmma's descriptor may start anywhere"],
         )
         left, cell, high = 84.0, 30.0, 15.0
@@ -184,12 +186,13 @@ def row_starts(shape: ConvShape, rows: int = 5, sectors: int = 5, sector: int = 
     """
     with style():
         pitch = 4 * shape.out_width
-        split = sum(row * shape.out_width % sector != 0 for row in range(sector))
+        split = Fraction(sum(row * shape.out_width % sector != 0 for row in range(sector)), sector)
+        how_many = f"{split.numerator} in {split.denominator} rows" if split else "No rows"
         figure, axes = canvas(
             30 + 26 * rows,
-            f"{split} in {sector} rows of {pitch} bytes begin in the middle of a sector",
-            f"The first {sectors} sectors that a row touches; hatched: floats of the row before. "
-            "A strip's piece starts at the first whole sector.",
+            f"{how_many} of {pitch} bytes begin in the middle of a sector",
+            f"The first {sectors} sectors of a row. Hatched: the row before. "
+            "A strip starts at the first whole sector.",
             [f"{shape}: {shape.out_width} columns out; a sector is {4 * sector} bytes"],
         )
         left, cell = 78.0, 12.4

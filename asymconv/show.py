@@ -67,7 +67,20 @@ def excerpt(rung: Rung, *names: str) -> Markdown:
     return Markdown("```cpp\n" + "\n\n".join(parts) + "\n```")
 
 
-def _loop(rung: Rung, first: str) -> list[str]:
+def loop(rung: Rung, first: str) -> Markdown:
+    """One loop of a rung's CUDA text, whole.
+
+    Args:
+        rung: whose text.
+        first: how the loop's first line begins.
+
+    Raises:
+        KeyError: the text does not have exactly one such loop.
+    """
+    return Markdown("```cpp\n" + "\n".join(_loop_lines(rung, first)) + "\n```")
+
+
+def _loop_lines(rung: Rung, first: str) -> list[str]:
     """The lines of the loop of a rung's text whose first line begins so; raises KeyError."""
     lines = rung.source.splitlines()
     found = [i for i, line in enumerate(lines) if line.lstrip().startswith(first)]
@@ -90,8 +103,8 @@ def difference(before: Rung, after: Rung, loop: str | None = None) -> Markdown:
         KeyError: one of them does not have exactly one such loop.
     """
     lines = difflib.unified_diff(
-        before.source.strip().splitlines() if loop is None else _loop(before, loop),
-        after.source.strip().splitlines() if loop is None else _loop(after, loop),
+        before.source.strip().splitlines() if loop is None else _loop_lines(before, loop),
+        after.source.strip().splitlines() if loop is None else _loop_lines(after, loop),
         before.name,
         after.name,
         lineterm="",
@@ -163,13 +176,14 @@ def counts(rung: Rung, lines: Sequence[cpu.LineCount]) -> Markdown:
         rows.append(
             (
                 f"`{source}`",
-                f"{line.space} {line.op}, {line.bytes_per_lane} B",
+                f"{line.space} {line.op}, {line.bytes_per_lane}\N{NO-BREAK SPACE}B",
                 f"{line.requests:,}",
                 f"{line.lanes_per_request:.1f}",
                 per_request,
             )
         )
-    return table(("line", "access", "requests", "lanes a request", "per request"), rows)
+    headers = ("line", "access", "requests", "lanes a request", "per request")
+    return table(headers, rows, texts=2)
 
 
 def made(of: record.Record) -> Markdown:
@@ -183,19 +197,19 @@ def made(of: record.Record) -> Markdown:
 
 
 def timings(of: record.Record, names: Sequence[str]) -> Markdown:
-    """Medians of a record's methods, with spread, rate and error."""
+    """Medians of a record's methods, with the spread of their repeats, rate and error."""
     rows = []
     for timing in (of[name] for name in names):
         rows.append(
             (
                 timing.name,
-                f"{timing.median:,.2f}",
+                plots.significant(timing.median),
                 f"{100 * timing.spread:.1f} %",
-                f"{timing.tflops:,.2f}",
+                plots.significant(timing.tflops),
                 "" if timing.error is None else f"{timing.error:.1e}",
             )
         )
-    headers = ("method", "median, ms", "spread", "TFLOP/s", "error against float64")
+    headers = ("method", "median, ms", "(max - min) / median", "TFLOP/s", "error against float64")
     return table(headers, rows)
 
 
@@ -213,9 +227,10 @@ def ceilings(of: record.Record) -> Markdown:
     """What the record's GPU delivers at most: bytes and operations a second."""
     rows = []
     for timing in of.of_kind("ceiling"):
-        rate = f"{timing.gbytes:,.0f} GB/s" if timing.bytes else f"{timing.tflops:,.0f} TFLOP/s"
-        rows.append((timing.name, f"{timing.median:.3f}", rate))
-    return table(("ceiling", "ms", "rate"), rows)
+        tflops = plots.significant(timing.tflops)
+        rate = f"{timing.gbytes:,.0f} GB/s" if timing.bytes else f"{tflops} TFLOP/s"
+        rows.append((timing.name, plots.significant(timing.median), rate))
+    return table(("ceiling", "median, ms", "rate"), rows)
 
 
 def bounds(of: record.Record) -> Markdown:
@@ -342,8 +357,8 @@ def proof(of: profiler.Profile, rung: Rung) -> Markdown:
 def variants(of: record.Record, rung: str, names: Sequence[str]) -> Markdown:
     """Times of a rung with other tile constants, fastest first."""
     timings_ = sorted((t for t in of.timings if t.name.startswith(rung)), key=lambda t: t.median)
-    rows = [(*(t.defines[n] for n in names), f"{t.median:.3f}") for t in timings_]
-    return table((*names, "ms"), rows)
+    rows = [(*(t.defines[n] for n in names), plots.significant(t.median)) for t in timings_]
+    return table((*names, "median, ms"), rows)
 
 
 def halo(rung: Rung, tiles: Sequence[tuple[int, int]], shape: ConvShape) -> Markdown:

@@ -250,5 +250,13 @@ def test_the_window_shows_the_swizzle() -> None:
 
 def test_rows_start_where_the_shape_says() -> None:
     text = plots.svg(drawings.row_starts(CONTRACT))
-    assert "6 in 8 rows of 4088 bytes begin in the middle of a sector" in text
-    assert "0 in 8 rows of 4096 bytes" in plots.svg(drawings.row_starts(CONTRACT.with_(width=1026)))
+    assert "3 in 4 rows of 4088 bytes begin in the middle of a sector" in text
+    assert "No rows of 4096 bytes" in plots.svg(drawings.row_starts(CONTRACT.with_(width=1026)))
+    odd = plots.svg(drawings.row_starts(CONTRACT.with_(width=1025)))
+    assert "7 in 8 rows of 4092 bytes" in odd
+
+
+def test_the_drawings_say_what_they_show_in_a_line() -> None:
+    for drawn in (drawings.ring(), drawings.shifted_window(), drawings.row_starts(CONTRACT)):
+        subtitles = [t for t in drawn.texts if t.get_fontsize() == plots.TEXT_SIZE]
+        assert len(subtitles) == 1

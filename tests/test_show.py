@@ -12,8 +12,9 @@ pytest.importorskip("IPython", reason="the study extra is not installed")
 
 from PIL import Image
 
-from asymconv import drawings, profiler, show
+from asymconv import drawings, profiler, record, show
 from asymconv.kernels import get_rung
+from asymconv.measure import Timing
 from asymconv.problem import CONTRACT
 
 
@@ -56,3 +57,26 @@ def test_counters_are_named_in_words() -> None:
     assert "fp32 units busy" in text
     assert "_" not in text
     assert set(show._LABELS) <= set(profiler.METRICS)
+
+
+def test_a_loop_is_shown_whole_and_must_be_the_only_one() -> None:
+    text = show.loop(get_rung("k05"), "for (int tile = first_tile;").data
+    body = text.removeprefix("```cpp\n").removesuffix("\n```").splitlines()
+    assert body[0] == "for (int tile = first_tile; tile < tiles; tile += tile_step) {"
+    assert body[-1] == "}"
+    assert all(line.startswith(" ") for line in body[1:-1] if line)
+    assert sum(line.count("{") - line.count("}") for line in body) == 0
+    with pytest.raises(KeyError, match="has 0 loops"):
+        show.loop(get_rung("k05"), "for (int nothing")
+    with pytest.raises(KeyError, match=r"k05_register_tile has [2-9] loops"):
+        show.loop(get_rung("k05"), "for (int h = 0;")
+
+
+def test_timings_have_the_digits_that_they_are_worth() -> None:
+    slow = Timing("k01_slow", "rung", "fp32", (1890.0, 1909.084, 1912.0), 4.3e-7, flops=614 * 10**9)
+    fast = Timing("k02_fast", "rung", "fp32", (4.0, 4.262, 5.011), flops=614 * 10**9)
+    of = record.Record("two", CONTRACT, {}, (slow, fast), {})
+    rows = show.timings(of, ["k01", "k02"]).data.splitlines()
+    assert "| (max - min) / median |" in rows[0]
+    assert rows[2] == "| k01_slow | 1909 | 1.2 % | 0.322 | 4.3e-07 |"
+    assert rows[3] == "| k02_fast | 4.26 | 23.7 % | 144 |  |"
