@@ -418,6 +418,29 @@ def network(path: Path = comparison.NETWORK_RECORD) -> Markdown:
     return Markdown(f"{rows.data}\n\n*{shape}, {of.made['gpu']}, {of.made['date']}.*")
 
 
+def writes(shape: ConvShape) -> Markdown:
+    """What the ways to write of `asymconv.strips` cost on a shape, counted on the CPU.
+
+    Whole sectors are those that the outputs fill, 8 floats each; a way that touches more of them
+    writes some in parts.
+    """
+    rows = []
+    for variant in strips.STRIPS.variants:
+        constants = strips.STRIPS.constants(variant)
+        if constants["STORE"] == strips.NOTHING or not constants["LOAD"]:
+            continue
+        if constants["EVICT_LOADS"] or constants["EVICT_STORES"]:
+            continue
+        lines = build.load(strips.STRIPS, "cpu-traced", defines=variant).trace(
+            *random_data(shape, seed=0), shape
+        )
+        stores = [line for line in lines if (line.space, line.op) == ("global", "store")]
+        touched = sum(line.sectors for line in stores) / (shape.outputs / 8)
+        requests = sum(line.requests for line in stores)
+        rows.append((strips.describe(variant), f"{requests:,}", f"{touched:.2f}"))
+    return table((f"{shape}", "requests", "sectors touched, of whole ones"), rows)
+
+
 def writing(path: Path = strips.RECORD) -> Picture | Markdown:
     """The record of `asymconv strips` as a figure, or that it was not taken yet."""
     return figure(plots.writing(record.load(path))) if path.exists() else _not_taken("strips")

@@ -12,7 +12,7 @@ import torch
 from conftest import gpu
 from typer.testing import CliRunner
 
-from asymconv import build, measure, plots, record, strips
+from asymconv import build, measure, plots, record, show, strips
 from asymconv.cli import app
 from asymconv.problem import CONTRACT, ConvShape
 
@@ -49,6 +49,16 @@ def test_races_would_be_found() -> None:
     x = torch.rand(shape.input_shape)
     lines = kernel.trace(x, torch.rand(shape.weight_shape), None, shape)
     assert {line.space for line in lines} == {"global", "shared"}
+
+
+def test_sums_as_they_lie_straddle_sectors() -> None:
+    """Three rows in four begin within a sector: their pieces touch two."""
+    lines = show.writes(ConvShape(1, 64, 4, 264, 128)).data.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    touched = {way: float(count) for way, _, count in cells}
+    assert touched["requests of 8 filters by 32 bytes"] == pytest.approx(1.75, abs=0.02)
+    for way in ("requests of 256 bytes, from sectors", "bulk copies of 512 bytes, from sectors"):
+        assert touched[way] <= 1.03
 
 
 def test_a_wrong_value_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
