@@ -12,7 +12,7 @@ import torch
 from conftest import gpu
 from typer.testing import CliRunner
 
-from asymconv import build, measure, plots, record, show, strips
+from asymconv import build, measure, plots, record, strips
 from asymconv.cli import app
 from asymconv.problem import CONTRACT, ConvShape
 
@@ -53,6 +53,9 @@ def test_races_would_be_found() -> None:
 
 def test_sums_as_they_lie_straddle_sectors() -> None:
     """Three rows in four begin within a sector: their pieces touch two."""
+    pytest.importorskip("IPython", reason="no Jupyter on this machine")
+    from asymconv import show
+
     lines = show.writes(ConvShape(1, 64, 4, 264, 128)).data.splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     touched = {way: float(count) for way, _, count in cells}
