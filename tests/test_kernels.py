@@ -203,9 +203,7 @@ def _with(x: torch.Tensor, value: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", HARD)
-@pytest.mark.parametrize(
-    "rung", [r for r in KERNELS if r.precision == "tf32"], ids=lambda r: r.name
-)
+@pytest.mark.parametrize("rung", TENSOR_CORES, ids=lambda r: r.name)
 def test_the_range_of_fp32_is_kept(rung: Rung, case: str, backend: str) -> None:
     """Every element as right as the rung's class has it, whatever the magnitudes."""
     shape = ConvShape(2, 18, 9, 150, 20)
@@ -223,9 +221,7 @@ def test_the_range_of_fp32_is_kept(rung: Rung, case: str, backend: str) -> None:
 
 
 @gpu
-@pytest.mark.parametrize(
-    "rung", [r for r in KERNELS if r.precision == "tf32"], ids=lambda r: r.name
-)
+@pytest.mark.parametrize("rung", TENSOR_CORES, ids=lambda r: r.name)
 def test_capture_in_a_cuda_graph(rung: Rung) -> None:
     """Nothing in a launch waits for the host or allocates: a graph replays it on new data."""
     shape = ConvShape(2, 18, 9, 150, 20)
