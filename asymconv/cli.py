@@ -146,12 +146,13 @@ def bench(
     """Check and time the ladder against nn.Conv2d and the ceilings on this GPU.
 
     On the contract's convolution, or on a layer of your own: --shape 8,64,512,1024
-    --out-channels 128 --kernel 3. Says which rung ModelNew takes.
+    --out-channels 128 --kernel 3. Says which rung ModelNew takes. A record has every other way
+    to have PyTorch compute it, too.
     """
     import torch
 
+    from asymconv import measure, tables
     from asymconv import record as records
-    from asymconv import tables
     from asymconv.problem import CONTRACT, ConvShape
 
     if shape:
@@ -182,8 +183,9 @@ def bench(
     _need_gpu("timing")
     with console.status("checking, then timing"):
         try:
-            result = records.measure_ladder(layer, chosen)
-        except (AssertionError, torch.OutOfMemoryError) as error:
+            peers = measure.ALL_PEERS if record else measure.PEERS
+            result = records.measure_ladder(layer, chosen, peers)
+        except (AssertionError, RuntimeError) as error:  # wrong, or out of memory
             raise _fail(f"{layer}: {error}") from error
     console.print(tables.ladder_rich(result))
     console.print(tables.floors_rich(result))
