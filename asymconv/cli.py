@@ -320,6 +320,54 @@ def network(
 
 
 @app.command()
+def asymmetry(
+    only: Annotated[str, typer.Option(help="Series by name, with commas; all unless told.")] = "",
+    budget: Annotated[
+        float, typer.Option(help="Seconds; what would end later by estimate is not begun.")
+    ] = 0,
+    record: WriteRecord = False,
+    output: RecordPath = None,
+) -> None:
+    """Check and time rungs and peers on shapes of every kind on this GPU (notebook 08).
+
+    Prints the series with a guess at their times first.
+    """
+    import math
+
+    from asymconv import asymmetry as experiments
+    from asymconv import tables
+
+    try:
+        names = [name.strip() for name in only.split(",")] if only else []
+        chosen = [experiments.get_series(name) for name in names] or experiments.SERIES
+    except KeyError as error:
+        raise _fail(error.args[0]) from error
+    console.print(tables.series_rich(chosen))
+    _need_gpu("asymmetry")
+    path = output or experiments.RECORD
+    done: dict[str, list[experiments.Row]] = {series.name: [] for series in chosen}
+    with console.status("building, checking, timing") as status:
+        # saved after each shape: a run that is cut off has lost nothing
+        for series, row in experiments.measure(
+            chosen, path=path if record else None, budget=budget or math.inf
+        ):
+            done[series.name].append(row)
+            status.update(f"{series.name}: {row.shape}")
+    for series in chosen:
+        rows = done[series.name]
+        if not rows:
+            console.print(f"{series.name}: nothing measured within {budget:g} s", soft_wrap=True)
+            continue
+        measured = experiments.Measured({}, tuple(rows))
+        console.print(tables.asymmetry_rich(series, measured))
+        for row in rows:
+            for name, reason in row.left_out.items():
+                console.print(f"{name}, {row.shape}: {reason}", soft_wrap=True)
+    if record:
+        console.print(f"record: {path}", soft_wrap=True)
+
+
+@app.command()
 def figures(
     folder: Annotated[Path, typer.Option(help="Where to write the SVG files.")] = Path("figures"),
 ) -> None:

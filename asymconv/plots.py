@@ -47,6 +47,12 @@ COLOURS: Mapping[str, str] = {
     # what a rung is compared with
     "nn.Conv2d": "#000000",
     "nn.Conv2d, strict fp32": "#555555",
+    "cudnn.benchmark": "#4D03FE",
+    "channels_last": "#4C68F8",
+    "channels_last, converting": "#A7D987",
+    "autocast fp16": "#512E63",
+    "torch.compile": "#DABCBD",
+    "torch.compile, max-autotune": "#B04021",
     # what nothing beats
     "memory floor": "#B00020",
     "copy": "#8C564B",
@@ -71,6 +77,12 @@ MARKERS: Mapping[str, str] = {
     "k08": "X",
     "nn.Conv2d": "p",
     "nn.Conv2d, strict fp32": "h",
+    "cudnn.benchmark": "<",
+    "channels_last": ">",
+    "channels_last, converting": "d",
+    "autocast fp16": "8",
+    "torch.compile": "H",
+    "torch.compile, max-autotune": "$c$",
 }
 """Marker of each rung and peer: tells them apart without colour."""
 
