@@ -57,7 +57,8 @@ def caption(record: Record) -> str:
     floor = record["memory floor"].median
     return (
         f"{record.shape}, forward, medians on {record.gpu}, torch {record.made['torch']}; "
-        f"moving the bytes alone takes {_number(floor)} ms. GB: peak memory beyond input and weights."
+        f"moving the bytes alone takes {_number(floor)} ms. "
+        "GB: peak memory beyond input and weights."
     )
 
 
@@ -210,9 +211,7 @@ def asymmetry_rows(series: Series, measured: Measured) -> Iterator[tuple[str, ..
         for timing, ratio in zip(timings, ratios, strict=True):
             text = "" if timing is None else _number(timing.median)
             cells.append(text if ratio is None else f"{text} ({ratio:.2f})")
-        number, _, constants = name.partition(" ")
-        constants = f" {constants}" if constants else ""
-        yield (short_name(number) + constants if number != name else short_name(name)), *cells
+        yield name, *cells
 
 
 def asymmetry_headers(series: Series) -> tuple[str, ...]:
