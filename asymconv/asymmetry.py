@@ -80,12 +80,21 @@ class Series:
         if not self.rungs:
             return []
         if self.variants is not None:
-            return [(rung, defines) for rung in rungs for defines in self.variants(rung)]
+            return [(rung, _others(rung, v)) for rung in rungs for v in self.variants(rung)]
         return [(rung, {}) for rung in rungs if self.slow or rung.number not in SLOW]
 
     def index(self, shape: ConvShape) -> int:
         """Which of the series' shapes this is, whatever its filters. Raises ValueError."""
         return self.shapes.index(shape.with_(out_channels=self.base.out_channels))
+
+
+def _others(rung: Rung, defines: Mapping[str, int]) -> dict[str, int]:
+    """Those constants that are not the rung's own: the same build has the same ones."""
+    return {name: value for name, value in defines.items() if rung.defines.get(name) != value}
+
+
+def _key(rung: Rung, defines: Mapping[str, int]) -> tuple[object, ...]:
+    return (rung.name, *sorted(_others(rung, defines).items()))
 
 
 def _size(shape: ConvShape) -> str:
@@ -457,18 +466,18 @@ def measure(
     ladder = records.load(records.LADDER)
     record: dict[str, Measured] = load(path) if path is not None and path.exists() else {}
     jobs = [job for series in chosen for job in series.jobs(rungs)]
-    different = {(rung.name, *sorted(d.items())): (rung, d) for rung, d in jobs}
+    different = {_key(*job): job for job in jobs}
     kernels, not_built = build_rungs(list(different.values()))
-    built = {(k.rung.name, *sorted(k.defines.items())): k for k in kernels}
+    built = {_key(kernel.rung, kernel.defines): kernel for kernel in kernels}
     for series in chosen:
         measured = Measured(records.environment(), ())
         for shape, its, peers in _steps(series, rungs):
             spent = time.monotonic() - start
             if spent + _seconds(shape, [rung.name for rung, _ in its], peers, ladder) > budget:
                 continue  # a later one may be short
-            keys = [(rung.name, *sorted(defines.items())) for rung, defines in its]
             missing = {rung.name: not_built[rung.name] for rung, _ in its if rung.name in not_built}
-            row = measure_row(shape, [*(built[key] for key in keys if key in built), *peers])
+            methods = [built[_key(*job)] for job in its if _key(*job) in built]
+            row = measure_row(shape, [*methods, *peers])
             row = replace(row, left_out=missing | row.left_out)
             measured = replace(measured, rows=(*measured.rows, row))
             record[series.name] = measured
