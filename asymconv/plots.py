@@ -325,8 +325,8 @@ def _provenance(made: Mapping[str, str | int], source: str) -> str:
 
 
 def _label(name: str) -> str:
-    """A method's name for reading: ``k02 block per pixel``."""
-    return name.replace("_", " ")
+    """A method's name for reading: ``k02 block per pixel``; a peer's as it is."""
+    return name if short_name(name) == name else name.replace("_", " ")
 
 
 def _best(record: Record) -> Timing:
@@ -827,23 +827,31 @@ def series(measured: Measured, series: Series, source: str = experiments.RECORD.
     with style():
         body = max(240.0, 13.0 * len(relative) + 30)
         title = _series_finding(measured, series)
-        figure, bottom, _top = page(body + 22 + 42, title, subtitle, small_print)
         left, right = 46.0, 176.0
-        axes = axes_at(figure, left, bottom + 42, WIDTH - left - right, body)
+        names = [series.named(shape) for shape in series.shapes]
+        room = (WIDTH - left - right) / len(names)
+        two = max(map(len, names)) * 5.8 > room  # lines a name
+        foot = 54 if two else 42
+        figure, bottom, _top = page(body + 12 + foot, title, subtitle, small_print)
+        axes = axes_at(figure, left, bottom + foot, WIDTH - left - right, body)
         low, high = 0.9 * min(values), 1.1 * max(values)
         axes.set_yscale("log")
         axes.set_xlim(-0.35, len(series.shapes) - 0.65)
         axes.set_ylim(low, high)
         ticks = [t for t in _RATIOS if low <= t <= high]
         if len(ticks) > 8:
-            ticks = [t for t in ticks if math.log2(t).is_integer()]
+            ticks = [t for t in ticks if t in (0.7, 1.4) or math.log2(t).is_integer()]
         _ticks(axes, "y", ticks, [f"{tick:g}" for tick in ticks])
         for tick in ticks:
             axes.axhline(tick, color=SOFT if tick == 1 else FAINT, linewidth=0.7, zorder=0)
-        places = range(len(series.shapes))
-        _ticks(axes, "x", places, [series.named(shape) for shape in series.shapes])
+        places = range(len(names))
+        halves = [re.match(r"(\S+?(?:×| )|)(.*)", name).groups() for name in names]
+        _ticks(axes, "x", places, [first for first, _ in halves] if two else names)
+        if two:
+            for place, (_, second) in enumerate(halves):
+                _note(axes, place, low, second, dy=-26, ha="center", color=SOFT)
         axis_text = _AXES.get(series.name, series.name)
-        _note(axes, (len(places) - 1) / 2, low, axis_text, dy=-29, ha="center", color=SOFT)
+        _note(axes, (len(places) - 1) / 2, low, axis_text, dy=13 - foot, ha="center", color=SOFT)
         last = len(places) - 1
         ends = {}
         for name, ratios in relative.items():
@@ -855,10 +863,10 @@ def series(measured: Measured, series: Series, source: str = experiments.RECORD.
                 _point(axes, x, v, name)
         per_point = math.log(high / low) / body
         wanted = [math.log(v) / per_point for _, v in ends.values()]
-        for (name, (x, v)), place in zip(ends.items(), _spread(wanted, 12.5), strict=True):
+        for (name, (_, v)), place in zip(ends.items(), _spread(wanted, 12.5), strict=True):
             at = math.exp(place * per_point)
             label_x = last + 0.06 * len(places)
-            axes.plot([x, label_x], [v, at], color=SOFT, linewidth=0.6, zorder=1, clip_on=False)
+            axes.plot([last, label_x], [v, at], color=SOFT, linewidth=0.6, zorder=1, clip_on=False)
             weight = "bold" if name.startswith("k") else "normal"
             text = f"{name}  {significant(v)}"
             _note(axes, label_x, at, text, dx=3, dy=-3, fontweight=weight, color=INK)

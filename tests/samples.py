@@ -52,7 +52,7 @@ def measured_sample(series: Series) -> Measured:
     for place, shape in enumerate(series.shapes):
 
         def ms(number: int, shape: ConvShape = shape, place: int = place) -> float:
-            slope = 1 + 0.06 * number * math.sin(place + number)
+            slope = 1 + 0.3 * math.sin(place + 1.7 * number)
             return RUNG_MS[number % len(RUNG_MS)] * slope * shape.outputs / CONTRACT.outputs
 
         jobs = series.jobs()
@@ -61,7 +61,7 @@ def measured_sample(series: Series) -> Measured:
             for number, (rung, defines) in enumerate(jobs)
             if rung.number not in SLOW
         ]
-        timings += [timing(p.name, "peer", ms(n + 3)) for n, p in enumerate(series.peers)]
+        timings += [timing(p.name, "peer", ms(n + 20)) for n, p in enumerate(series.peers)]
         rows.append(Row(shape, (*timings, timing("memory floor", "ceiling", ms(6)))))
         few = shape.with_(out_channels=SLOW_FILTERS)
         slow = [
