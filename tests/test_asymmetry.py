@@ -13,7 +13,7 @@ from conftest import gpu
 from samples import MADE, measured_sample
 from typer.testing import CliRunner
 
-from asymconv import asymmetry, build, check, measure, predictions, profiler, record, tables
+from asymconv import asymmetry, build, check, hints, measure, predictions, profiler, record, tables
 from asymconv.asymmetry import SERIES, SLOW, SLOW_FILTERS, Series, get_series
 from asymconv.cli import app
 from asymconv.kernels import RUNGS, Rung, get_rung
@@ -450,3 +450,51 @@ def test_a_wrong_rung_does(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_slow_rungs_are_rungs() -> None:
     assert set(SLOW) <= {rung.number for rung in RUNGS}
+
+
+# --- the seed's ideas ----------------------------------------------------------------------------
+
+
+def test_a_verdict_goes_by_the_gain() -> None:
+    for gain, verdict in ((21.0, "worth it"), (1.05, "worth it"), (1.04, "not worth it")):
+        assert hints.verdict(gain) == verdict
+        assert hints.verdict(1 / gain) == ("wrong" if verdict == "worth it" else verdict)
+    for gain in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="positive"):
+            hints.verdict(gain)
+
+
+def test_answers_are_what_the_records_say() -> None:
+    ladder, variants = record.load(record.LADDER), record.load(record.VARIANTS)
+    found = {a.idea: a for a in hints.answers(ladder, variants, profiler.load())}
+    k01, k02, k03 = (ladder[name].median for name in ("k01", "k02", "k03"))
+    answer = found["A block is the batch: a thread an image"]
+    assert answer.verdict == hints.verdict(k03 / k02)
+    assert f"{k02 / k03:.3g} times slower" in answer.number
+    answer = found["Loop over the output channels in the kernel, for fewer blocks"]
+    assert answer.verdict == hints.verdict(k01 / k02)
+    answer = found["Give x, the width, the threads"]
+    times = [t.median for t in variants.timings if t.name.startswith("k03")]
+    assert f"{times[1] / times[0]:.3g} times faster" in answer.number
+    unknown = [a for a in found.values() if a.verdict == hints.NOT_YET]
+    assert all(a.record.startswith("asymmetry: ") and not a.number for a in unknown)
+    assert len(unknown) == 4
+
+
+def test_the_series_answer_once_they_are_measured() -> None:
+    ladder = record.load(record.LADDER)
+    measured = {series.name: measured_sample(series) for series in SERIES}
+    found = list(hints.from_the_series(ladder, measured))
+    assert all(a.verdict != hints.NOT_YET for a in found)
+    series = get_series("aspect")
+    relative = measured["aspect"].relative(series)
+    k07, theirs = (relative[name][4] for name in ("k07", "nn.Conv2d"))
+    claim, idea = (a for a in found if a.record == "asymmetry: aspect")
+    assert f"nn.Conv2d turned to 1024×512: {theirs:.2f} times" in claim.number
+    assert claim.verdict == ("right" if theirs <= 1 / hints.NOTICED else "wrong")
+    assert f"k07 turned to 1024×512: {k07:.2f} times" in idea.number
+    assert idea.verdict == hints.verdict(k07)
+
+    half = dataclasses.replace(measured["aspect"], rows=measured["aspect"].rows[:4])
+    found = list(hints.from_the_series(ladder, measured | {"aspect": half}))
+    assert [a.verdict for a in found if a.record == "asymmetry: aspect"] == [hints.NOT_YET] * 2
