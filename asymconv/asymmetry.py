@@ -198,7 +198,8 @@ SERIES: tuple[Series, ...] = (
         "unrolling",
         "What are loops worth that the compiler unrolls?",
         "The work, but for two rows. k04 unrolls its taps for dilation 1 and runs the same text "
-        "with loops for any other; k03 unrolls both: it shows what the dilation costs by itself.",
+        "with loops for any other, here with a tile of 12 × 34 in place of 10 × 34; k03 unrolls "
+        "both: it shows what the dilation costs by itself.",
         (_TWO, _TWO.with_(dilation=(2, 1))),
         lambda shape: "loops" if shape.dilation[0] > 1 else "unrolled",
         base=_TWO,

@@ -358,6 +358,16 @@ def variants(of: record.Record, rung: str, names: Sequence[str]) -> Markdown:
     return table((*names, "ms"), rows)
 
 
+def all_variants(of: record.Record, rung: str) -> Markdown:
+    """Times of a rung with each of its other constants, whatever they are called."""
+    rows = [
+        (", ".join(f"{name} {value}" for name, value in t.defines.items()), f"{t.median:.3f}")
+        for t in of.timings
+        if t.name.startswith(rung)
+    ]
+    return table((rung, "ms"), rows)
+
+
 def halo(rung: Rung, tiles: Sequence[tuple[int, int]], shape: ConvShape) -> Markdown:
     """What each tile of a rung (TILE_H, TILE_W) fetches, counted on the CPU, for an output pixel.
 
@@ -465,14 +475,14 @@ def series(name: str, path: Path | None = None) -> Markdown:
 
 
 def series_figure(name: str, path: Path | None = None) -> Picture | Markdown:
-    """The same as a figure.
+    """The same as a figure, where it was taken.
 
     Raises:
         KeyError: there is no such series.
     """
     its, measured = _series(name, path)
     if measured is None:
-        return _not_taken("asymmetry")
+        return Markdown("*And its figure.*")
     return figure(plots.series(measured, its))
 
 

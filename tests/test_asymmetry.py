@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from asymconv import asymmetry, build, check, hints, measure, predictions, profiler, record, tables
 from asymconv.asymmetry import SERIES, SLOW, SLOW_FILTERS, Series, get_series
 from asymconv.cli import app
-from asymconv.kernels import RUNGS, Rung, get_rung
+from asymconv.kernels import CANDIDATES, RUNGS, Rung, get_rung
 from asymconv.measure import ALL_PEERS, PEERS, Peer, Timing
 from asymconv.problem import CONTRACT, ConvShape
 
@@ -316,7 +316,7 @@ def test_k07s_plan_is_the_kernels() -> None:
     plan = predictions.strips(CONTRACT)
     assert (plan.strips, plan.parts, plan.rows, plan.items, plan.turns) == (8, 2, 255, 128, 1)
     assert plan.cost == pytest.approx(261 * 132 * 128 / (8 * 510 * 1022))
-    for rung in RUNGS:
+    for rung in (*RUNGS, *CANDIDATES):
         if rung.number == "k07":  # the lines of `plan_for` that the function above repeats
             for line in (
                 f"constexpr int START = {predictions.START_ROWS};",
@@ -324,7 +324,7 @@ def test_k07s_plan_is_the_kernels() -> None:
                 "(items + blocks - 1) / blocks * (rows + START);",
                 "const int at_once = max(1, multiprocessors / blocks_k);",
             ):
-                assert line in rung.source
+                assert line in rung.source, rung.name
 
 
 def test_a_batch_as_block_fills_its_warp() -> None:
@@ -439,6 +439,52 @@ def test_a_failing_peer_does_not_cost_the_run() -> None:
     assert left_out["compiled"] == "RuntimeError: no triton here"
     assert left_out["large"] == "not enough device memory"
     assert "off by" in left_out["wrong"]
+
+
+def test_the_ladder_says_what_it_left_out(
+    pretended: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_cpu(jobs: list) -> tuple[list[build.Kernel], dict[str, str]]:
+        built = [build.load(rung, "cpu") for rung, _ in jobs if rung.number != "k04"]
+        return built, {"k04_shared_tile": "no compiler"}
+
+    checked = measure.check_methods
+    monkeypatch.setattr(measure, "build_rungs", on_cpu)
+    monkeypatch.setattr(measure, "check_methods", lambda m, s: checked(m, s, "cpu"))
+    strided = BASE.with_(stride=(2, 2))
+    rungs = [*FEW, get_rung("k05")]
+    broken = Peer("broken", "", "fp32", prepared=lambda *args: None)
+    timings, left_out = measure.check_and_time(strided, rungs, [*PEERS, broken])
+    names = ["k01_block_per_output", "k03_coalesced", *(p.name for p in PEERS)]
+    assert [t.name for t in timings] == names
+    assert "stride" in left_out["k05_register_tile"]
+    assert left_out["k04_shared_tile"] == "no compiler"
+    assert left_out["broken"].startswith("TypeError")
+    monkeypatch.setattr(measure, "PEERS", (broken,))
+    with pytest.raises(RuntimeError, match="broken does not run: TypeError"):
+        measure.check_and_time(strided, FEW, [broken])
+
+
+def test_kernels_are_built_together_and_failures_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    together: list[str] = []
+
+    def load_all(jobs: list) -> None:
+        together.extend(rung.number for rung, _ in jobs)
+        raise build.BuildError("one of them")
+
+    def load(rung: Rung, backend: str, *, defines: dict[str, int]) -> object:
+        if rung.number == "k03":
+            raise build.BuildError("no nvcc")
+        return rung.number, defines
+
+    monkeypatch.setattr(build, "load_all", load_all)
+    monkeypatch.setattr(build, "load", load)
+    built, left_out = measure.build_rungs([(rung, {}) for rung in FEW])
+    assert together == ["k01", "k03", "k04"]
+    assert built == [("k01", {}), ("k04", {})]
+    assert left_out == {"k03_coalesced": "no nvcc"}
 
 
 def test_a_wrong_rung_does(monkeypatch: pytest.MonkeyPatch) -> None:
