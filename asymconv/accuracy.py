@@ -20,7 +20,7 @@ import torch
 from asymconv import build, record
 from asymconv.check import Method, random_data, reference
 from asymconv.kernels import CANDIDATES, RUNGS, Rung
-from asymconv.measure import PEERS
+from asymconv.measure import ALL_PEERS
 from asymconv.problem import ConvShape
 
 # --- formats -------------------------------------------------------------------------------------
@@ -356,13 +356,18 @@ def rungs_to_measure() -> tuple[Rung, ...]:
     return tuple(rung for rung in (*RUNGS, *CANDIDATES) if rung.capability >= (8, 0))
 
 
+PEERS = ("nn.Conv2d", "nn.Conv2d, strict fp32", "autocast fp16")
+"""Ways to have PyTorch compute it that round differently."""
+
+
 def _methods(device: str) -> Iterator[tuple[str, Literal["rung", "peer"], str, Method]]:
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU backend"
     for rung in rungs_to_measure():
         yield rung.name, "rung", where, build.load(rung, device)
     if device == "cuda":
-        for peer in PEERS:
-            yield peer.name, "peer", where, peer
+        for peer in ALL_PEERS:
+            if peer.name in PEERS:
+                yield peer.name, "peer", where, peer
 
 
 def measure(device: str = "cpu", say: Callable[[str], object] = lambda line: None) -> Accuracy:

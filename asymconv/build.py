@@ -540,10 +540,11 @@ def load_all(jobs: Sequence[tuple[Rung, Mapping[str, int]]]) -> list[Kernel]:
 
     Raises what `load` raises.
     """
-    if not jobs:  # a rung without variants
-        return []
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), mp_context=context) as pool:
-        for done in [pool.submit(_build_only, rung, defines) for rung, defines in jobs]:
-            done.result()
+    keys = [build_key(rung, "cuda", device_arch(rung), defines) for rung, defines in jobs]
+    todo = [job for job, key in zip(jobs, keys, strict=True) if not (cache_folder() / key).exists()]
+    if len(todo) > 1:  # else other processes would not be worth their start
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        with ProcessPoolExecutor(min(len(todo), os.cpu_count() or 1), mp_context=context) as pool:
+            for done in [pool.submit(_build_only, rung, defines) for rung, defines in todo]:
+                done.result()
     return [load(rung, "cuda", defines=defines) for rung, defines in jobs]

@@ -3,7 +3,8 @@
 A method (a built rung, or a peer such as nn.Conv2d) is run on fresh random data into an output
 full of NaN and compared with a convolution in float64, then on integers, where nothing is rounded
 and every element must come out exact. What passes is a `Checked`, which `asymconv.measure` asks
-for: it names the very build and shape.
+for: it names the very build and shape. Methods that are checked side by side on one shape share
+their `Expected`: the data and the float64 references, which take longest.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ class Method(Protocol):
     @property
     def precision(self) -> Precision:
         """The class of its rounding."""
+
+    # `makes_output = True`, if it has that, says that it returns a tensor of its own and leaves
+    # `out` alone: then none is made for it, which on large shapes would not fit.
 
     def __call__(
         self,
@@ -75,6 +79,8 @@ def tolerance(precision: Precision, terms: int) -> Tolerance:
     tf32: operands keep 10 bits and a half, u = 2^-11 each; tensor cores truncate when they add,
     hence 2^-23 for a term. Two uniform errors of at most 2^-11 have root mean square
     2^-11 * sqrt(2 / 3) = 4.0e-4 for operands at the worst place of a binade; cuDNN measures 2.9e-4.
+    fp16: likewise, and the result is rounded once more, 2^-11 or 2^-11 / sqrt(3). For data in
+    fp16's normal range, as `random_data` is.
     """
     growth = max(1.0, math.sqrt(terms / 576))
     if precision == "fp32":
@@ -82,6 +88,12 @@ def tolerance(precision: Precision, terms: int) -> Tolerance:
             element=1.01 * (terms + 1) * 2.0**-24,
             norm=1e-6 * growth,
             reason="fp32: every sum and product rounded to 24 bits",
+        )
+    if precision == "fp16":
+        return Tolerance(
+            element=1.01 * (3 * 2.0**-11 + (terms + 1) * 2.0**-23),
+            norm=5e-4,
+            reason="fp16: both operands and the result rounded to 11 bits, sums in fp32",
         )
     return Tolerance(
         element=1.01 * (2 * 2.0**-11 + (terms + 1) * 2.0**-23),
@@ -133,12 +145,22 @@ def random_data(
 
 
 def integer_data(
-    shape: ConvShape, device: torch.device | str = "cpu", seed: int | None = None
+    shape: ConvShape,
+    device: torch.device | str = "cpu",
+    seed: int | None = None,
+    bits: int = 24,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Small whole numbers as float32: every product and sum is exact in fp32, TF32 and fp16."""
+    """Small whole numbers as float32: every product and sum is exact in fp32, TF32 and fp16.
+
+    Args:
+        shape: the convolution.
+        device: where to.
+        seed: None draws a fresh one.
+        bits: that hold the largest sum: 24 where sums and results are fp32, 11 for fp16 results.
+    """
     generator = torch.Generator(device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    largest = max(1, min(8, math.isqrt(2**24 // (shape.terms + 1))))
+    largest = max(1, min(8, math.isqrt(2**bits // (shape.terms + 1))))
 
     def whole(size: tuple[int, ...]) -> torch.Tensor:
         kw = {"generator": generator, "device": device, "dtype": torch.float32}
@@ -156,21 +178,94 @@ def reference(
     return F.conv2d(x.double(), weight.double(), bias64, **shape.conv_args())
 
 
+KEPT_BYTES = 16e9
+"""Of references that an `Expected` keeps: 12 images of the contract's shape."""
+
+
+class Expected:
+    """What a convolution should give, for methods that are checked side by side.
+
+    float64 convolutions take far longer than what they are compared with, so each is made once and
+    kept. Of a batch whose references would be too many (`KEPT_BYTES`) the images repeat, with an
+    odd period, so that an offset that wraps at a power of two still meets another image.
+
+    Args:
+        shape: the convolution.
+        device: where.
+        seed: of the random data; None draws a fresh one.
+        keep: False makes each reference anew, and repeats no image: for a single method.
+    """
+
+    def __init__(
+        self,
+        shape: ConvShape,
+        device: torch.device | str = "cpu",
+        seed: int | None = None,
+        keep: bool = True,
+    ) -> None:
+        self.shape, self.device, self.keep = shape, device, keep
+        self.seed = torch.Generator().seed() % 2**31 if seed is None else seed
+        image = (8 + 8 + 4) * shape.with_(batch=1).outputs  # reference, size, of integers
+        fit = max(3, int(KEPT_BYTES / max(image, 1)))
+        all_differ = shape.batch <= fit or not keep
+        self.images = shape.batch if all_differ else fit - (fit % 2 == 0)
+        self._kept: dict[tuple[str, int], tuple[torch.Tensor, ...]] = {}
+
+    def random(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`random_data`, the same at every call."""
+        return self._repeated(random_data(self.shape, self.device, self.seed))
+
+    def integers(self, bits: int = 24) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`integer_data`, the same at every call."""
+        return self._repeated(integer_data(self.shape, self.device, self.seed + 1, bits))
+
+    def _repeated(
+        self, data: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        x = data[0]
+        for first in range(self.images, self.shape.batch, max(1, self.images)):
+            part = x[first : first + self.images]
+            part.copy_(x[: len(part)])
+        return data
+
+    def of_random(
+        self, n: int, data: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image n of `random` convolved in float64, and the sums of its terms' magnitudes."""
+        key = ("random", n % self.images)
+        if key in self._kept:
+            return self._kept[key]  # type: ignore[return-value]
+        x, weight, bias = data[0][n : n + 1], *data[1:]
+        size = reference(x.abs(), weight.abs(), None if bias is None else bias.abs(), self.shape)
+        ref = reference(x, weight, bias, self.shape)
+        if self.keep:
+            self._kept[key] = (ref, size)
+        return ref, size
+
+    def of_integers(
+        self, n: int, bits: int, data: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+    ) -> torch.Tensor:
+        """Image n of `integers` convolved, exact, as float32."""
+        key = (f"integers of {bits} bits", n % self.images)
+        if key in self._kept:
+            return self._kept[key][0]
+        ref = reference(data[0][n : n + 1], *data[1:], self.shape).float()
+        if self.keep:
+            self._kept[key] = (ref,)
+        return ref
+
+
 def _compare(
     y: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    shape: ConvShape,
+    data: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    expected: Expected,
     element: float,
 ) -> tuple[float, float]:
     """(worst element error over the allowed one, ‖y - ref‖ / ‖ref‖), image by image."""
     worst, squares, total = 0.0, 0.0, 0.0
-    for n in range(shape.batch):  # an image at a time: float64 of the whole would not fit
-        image = slice(n, n + 1)
-        ref = reference(x[image], weight, bias, shape)
-        size = reference(x[image].abs(), weight.abs(), None if bias is None else bias.abs(), shape)
-        difference = (y[image].double() - ref).abs_()
+    for n in range(expected.shape.batch):  # an image at a time: float64 of the whole would not fit
+        ref, size = expected.of_random(n, data)
+        difference = (y[n : n + 1].double() - ref).abs_()
         squares += difference.square().sum().item()
         total += ref.square().sum().item()
         # 1e-300: where nothing is summed, nothing but zero is right, and 0 / 0 must not pass
@@ -180,7 +275,11 @@ def _compare(
 
 
 def check(
-    method: Method, shape: ConvShape, device: torch.device | str = "cpu", seed: int | None = None
+    method: Method,
+    shape: ConvShape,
+    device: torch.device | str = "cpu",
+    seed: int | None = None,
+    expected: Expected | None = None,
 ) -> Checked:
     """Run a method against float64 and on integers.
 
@@ -189,35 +288,45 @@ def check(
         shape: the convolution; the batch may be empty.
         device: where.
         seed: of the random data; None draws a fresh one, which the message of a failure names.
+        expected: of this shape, shared with other methods; then its device and seed count.
 
     Raises:
         AssertionError: it is wrong; says where, by how much, and the seed.
+        ValueError: what is expected is of another shape.
     """
-    seed = torch.Generator().seed() % 2**31 if seed is None else seed
-    where = f"{method.key} on {shape}, seed {seed}"
+    expected = expected or Expected(shape, device, seed, keep=False)
+    if expected.shape != shape:
+        raise ValueError(f"expected is of {expected.shape}, not of {shape}")
+    where = f"{method.key} on {shape}, seed {expected.seed}"
     allowed = tolerance(method.precision, shape.terms)
+    bits = 11 if method.precision == "fp16" else 24
 
     def run(data: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
-        out = torch.full(shape.output_shape, math.nan, dtype=torch.float32, device=device)
+        out = None
+        if not getattr(method, "makes_output", False):
+            out = torch.full(
+                shape.output_shape, math.nan, dtype=torch.float32, device=expected.device
+            )
         y = method(*data, shape, out=out)
         assert tuple(y.shape) == shape.output_shape, f"{where}: shape {tuple(y.shape)}"
+        assert y.dtype == torch.float32, f"{where}: {y.dtype}"
         return y
 
-    data = random_data(shape, device, seed)
+    data = expected.random()
     y = run(data)
-    worst, error = _compare(y, *data, shape, allowed.element)
+    worst, error = _compare(y, data, expected, allowed.element)
     assert worst <= 1.0, (
         f"{where}: an element is off by {worst:.3g} times what is allowed "
         f"({allowed.reason}); {int(y.isnan().sum())} of {y.numel()} elements are NaN"
     )
     if min(shape.outputs, math.prod(shape.weight_shape)) >= MIN_SAMPLES:
         assert error <= allowed.norm, f"{where}: error {error:.3g}, allowed {allowed.norm:.3g}"
-    del y
+    del y, data
 
-    data = integer_data(shape, device, seed + 1)
+    data = expected.integers(bits)
     y = run(data)
     for n in range(shape.batch):
-        ref = reference(data[0][n : n + 1], data[1], data[2], shape).float()
+        ref = expected.of_integers(n, bits, data)
         wrong = int((y[n : n + 1] != ref).sum())  # NaN differs from everything
         assert wrong == 0, f"{where}: {wrong} elements of image {n} are not exact on integers"
     return Checked(method.key, shape, error, worst, shape.outputs)

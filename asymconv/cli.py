@@ -146,12 +146,13 @@ def bench(
     """Check and time the ladder against nn.Conv2d and the ceilings on this GPU.
 
     On the contract's convolution, or on a layer of your own: --shape 8,64,512,1024
-    --out-channels 128 --kernel 3. Says which rung ModelNew takes.
+    --out-channels 128 --kernel 3. Says which rung ModelNew takes. A record has every other way
+    to have PyTorch compute it, too.
     """
     import torch
 
+    from asymconv import measure, tables
     from asymconv import record as records
-    from asymconv import tables
     from asymconv.problem import CONTRACT, ConvShape
 
     if shape:
@@ -182,8 +183,9 @@ def bench(
     _need_gpu("timing")
     with console.status("checking, then timing"):
         try:
-            result = records.measure_ladder(layer, chosen)
-        except (AssertionError, torch.OutOfMemoryError) as error:
+            peers = measure.ALL_PEERS if record else measure.PEERS
+            result = records.measure_ladder(layer, chosen, peers)
+        except (AssertionError, RuntimeError) as error:  # wrong, or out of memory
             raise _fail(f"{layer}: {error}") from error
     console.print(tables.ladder_rich(result))
     console.print(tables.floors_rich(result))
@@ -242,6 +244,27 @@ def strips(record: WriteRecord = False, output: RecordPath = None) -> None:
     console.print(table)
     if record:
         path = output or experiment.RECORD
+        result.save(path)
+        console.print(f"record: {path}", soft_wrap=True)
+
+
+@app.command()
+def accuracy(record: WriteRecord = False, output: RecordPath = None) -> None:
+    """Compare models of rounding, rungs and, on a GPU, PyTorch's own with float64."""
+    import torch
+
+    from asymconv import accuracy as errors
+    from asymconv.record import short_name
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with console.status("computing") as status:
+        result = errors.measure(device, say=status.update)
+    table = Table("method", "on", "‖y − ref‖ / ‖ref‖", title=f"Errors on {result.shape}")
+    for method in result.errors:
+        table.add_row(short_name(method.name), method.where, f"{method.error:.2e}")
+    console.print(table)
+    if record:
+        path = output or errors.RECORD
         result.save(path)
         console.print(f"record: {path}", soft_wrap=True)
 
@@ -361,6 +384,54 @@ def record_all(
         raise _fail(error.args[0]) from error
     if failed:
         raise _fail(f"failed: {', '.join(failed)}")
+
+
+@app.command()
+def asymmetry(
+    only: Annotated[str, typer.Option(help="Series by name, with commas; all unless told.")] = "",
+    budget: Annotated[
+        float, typer.Option(help="Seconds; what would end later by estimate is not begun.")
+    ] = 0,
+    record: WriteRecord = False,
+    output: RecordPath = None,
+) -> None:
+    """Check and time rungs and peers on shapes of every kind on this GPU (notebook 08).
+
+    Prints the series with a guess at their times first.
+    """
+    import math
+
+    from asymconv import asymmetry as experiments
+    from asymconv import tables
+
+    try:
+        names = [name.strip() for name in only.split(",")] if only else []
+        chosen = [experiments.get_series(name) for name in names] or experiments.SERIES
+    except KeyError as error:
+        raise _fail(error.args[0]) from error
+    console.print(tables.series_rich(chosen))
+    _need_gpu("asymmetry")
+    path = output or experiments.RECORD
+    done: dict[str, list[experiments.Row]] = {series.name: [] for series in chosen}
+    with console.status("building, checking, timing") as status:
+        # saved after each shape: a run that is cut off has lost nothing
+        for series, row in experiments.measure(
+            chosen, path=path if record else None, budget=budget or math.inf
+        ):
+            done[series.name].append(row)
+            status.update(f"{series.name}: {row.shape}")
+    for series in chosen:
+        rows = done[series.name]
+        if not rows:
+            console.print(f"{series.name}: nothing measured within {budget:g} s", soft_wrap=True)
+            continue
+        measured = experiments.Measured({}, tuple(rows))
+        console.print(tables.asymmetry_rich(series, measured))
+        for row in rows:
+            for name, reason in row.left_out.items():
+                console.print(f"{name}, {row.shape}: {reason}", soft_wrap=True)
+    if record:
+        console.print(f"record: {path}", soft_wrap=True)
 
 
 @app.command()

@@ -12,13 +12,14 @@ import contextlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 
 from asymconv import build
-from asymconv.check import Checked, Method, check, random_data
+from asymconv.check import Checked, Expected, Method, check, random_data
 from asymconv.kernels import RUNGS, Precision, Rung
 from asymconv.problem import ConvShape
 
@@ -41,18 +42,110 @@ def convolution_flags(precision: Precision, benchmark: bool = False) -> Iterator
         cudnn.conv.fp32_precision, cudnn.benchmark = before
 
 
+Call = Callable[[], torch.Tensor]
+"""A convolution with everything it needs at hand: what is timed."""
+
+
+def _conv2d(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: ConvShape
+) -> Call:
+    return lambda: F.conv2d(x, weight, bias, **shape.conv_args())
+
+
+def _channels_last(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: ConvShape
+) -> Call:
+    """Input and weights are converted now, the output stays channels_last."""
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    return _conv2d(x, weight, bias, shape)
+
+
+def _through_channels_last(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: ConvShape
+) -> Call:
+    """NCHW in, NCHW out, every conversion in the call."""
+    return lambda: _channels_last(x, weight, bias, shape)().contiguous()
+
+
+def _autocast(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: ConvShape
+) -> Call:
+    """float32 in, float32 out, the casts in the call."""
+    conv2d = _conv2d(x, weight, bias, shape)
+
+    def call() -> torch.Tensor:
+        with torch.autocast(x.device.type, torch.float16):
+            return conv2d().float()
+
+    return call
+
+
+def _compiled(mode: str) -> Callable[..., Call]:
+    """torch.compile in a mode, compiled now."""
+
+    def prepare(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: ConvShape
+    ) -> Call:
+        arguments = shape.conv_args()
+
+        def conv2d(
+            x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        ) -> torch.Tensor:
+            return F.conv2d(x, weight, bias, **arguments)
+
+        with torch._dynamo.config.patch(recompile_limit=64):  # a shape is a compilation
+            compiled = torch.compile(conv2d, mode=mode, dynamic=False, fullgraph=True)
+            compiled(x, weight, bias)
+        return lambda: compiled(x, weight, bias)
+
+    return prepare
+
+
 @dataclass(frozen=True)
 class Peer:
-    """PyTorch's own convolution under given settings: what a rung is compared with."""
+    """PyTorch's own convolution under given settings: what a rung is compared with.
+
+    Attributes:
+        name: in records and figures.
+        idea: in a line, for tables.
+        precision: class of its rounding.
+        benchmark: whether cudnn.benchmark is on: cuDNN tries its algorithms at the first call.
+        prepared: (x, weight, bias, shape) to the call that is timed; what it makes before,
+            converted tensors and compiled functions, is not.
+    """
 
     name: str
+    idea: str
     precision: Precision
     benchmark: bool = False
+    prepared: Callable[..., Call] = _conv2d
+
+    makes_output: ClassVar[bool] = True  # see `check.Method`
 
     @property
     def key(self) -> str:
         """Its name: a peer is not built here."""
         return self.name
+
+    def prepare(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        shape: ConvShape,
+    ) -> Call:
+        """Make what may be made beforehand; the call that is left.
+
+        Raises what PyTorch raises: torch.OutOfMemoryError, or the compiler's errors.
+        """
+        with convolution_flags(self.precision, self.benchmark), torch.no_grad():
+            call = self.prepared(x, weight, bias, shape)
+
+        def run() -> torch.Tensor:
+            with convolution_flags(self.precision, self.benchmark), torch.no_grad():
+                return call()
+
+        return run
 
     def __call__(
         self,
@@ -63,15 +156,45 @@ class Peer:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Convolve; PyTorch makes the output, `out` is not used."""
-        with convolution_flags(self.precision, self.benchmark):
-            return F.conv2d(x, weight, bias, **shape.conv_args())
+        return self.prepare(x, weight, bias, shape)()
 
 
 PEERS = (
-    Peer("nn.Conv2d", "tf32"),
-    Peer("nn.Conv2d, strict fp32", "fp32", benchmark=True),
+    Peer("nn.Conv2d", "PyTorch's default, TF32", "tf32"),
+    Peer("nn.Conv2d, strict fp32", "TF32 forbidden", "fp32", benchmark=True),
 )
 """nn.Conv2d as PyTorch ships it (TF32 allowed), and with TF32 forbidden and cudnn.benchmark."""
+
+ALL_PEERS = (
+    *PEERS,
+    Peer("cudnn.benchmark", "nn.Conv2d, TF32, cuDNN's fastest algorithm", "tf32", benchmark=True),
+    Peer(
+        "channels_last",
+        "the same, input, weights and output channels_last",
+        "tf32",
+        benchmark=True,
+        prepared=_channels_last,
+    ),
+    Peer(
+        "channels_last, converting",
+        "the same, converted from NCHW and back in the call",
+        "tf32",
+        benchmark=True,
+        prepared=_through_channels_last,
+    ),
+    Peer("autocast fp16", "nn.Conv2d under autocast, back to fp32", "fp16", prepared=_autocast),
+    Peer("torch.compile", "nn.Conv2d, compiled", "tf32", prepared=_compiled("default")),
+    Peer(
+        "torch.compile, max-autotune",
+        "without CUDA graphs",
+        "tf32",
+        prepared=_compiled("max-autotune-no-cudagraphs"),
+    ),
+)
+"""Every way to have PyTorch compute it: what `asymconv bench --record` times beside the rungs."""
+
+COMPILED = tuple(peer for peer in ALL_PEERS if peer.name.startswith("torch.compile"))
+"""Those that take long to prepare: up to half a minute for each shape."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +208,8 @@ class Timing:
         milliseconds: every repeat, in the order measured.
         error: ‖y - ref‖ / ‖ref‖ against float64, None for a ceiling.
         source_hash: the rung's, "" for others.
-        peak_bytes: device memory beyond input and weights while it ran; the output is in it.
+        peak_bytes: device memory beyond input and weights while it ran; the output is in it, what a
+            peer prepared before is not.
         flops: floating-point operations that it does; 0 where that means nothing.
         bytes: that it must move in device memory, or in L2 ("L2 read"); 0 likewise.
         defines: a rung's tile constants where they are not its own.
@@ -234,8 +358,23 @@ def time_calls(
     return {runner.name: runner.timing().milliseconds for runner in runners}
 
 
+def label(method: Method) -> str:
+    """A rung's name, with its constants where they are not its own; a peer's name."""
+    rung: Rung | None = getattr(method, "rung", None)
+    if rung is None:
+        return method.key
+    return " ".join([rung.name, *(f"{k}={v}" for k, v in getattr(method, "defines", {}).items())])
+
+
 def time_methods(
-    methods: Sequence[Method], checks: Sequence[Checked], shape: ConvShape
+    methods: Sequence[Method],
+    checks: Sequence[Checked],
+    shape: ConvShape,
+    *,
+    floor: bool = False,
+    rounds: int = 3,
+    budget_ms: float = 1500.0,
+    warm_ms: float = WARM_MS,
 ) -> list[Timing]:
     """Time methods on the current GPU, taking turns.
 
@@ -243,6 +382,10 @@ def time_methods(
         methods: built rungs (`build.Kernel`) and peers.
         checks: for each, its passed check on this shape.
         shape: the convolution.
+        floor: time the memory floor (`FLOOR`) of this shape with them, as the last.
+        rounds: turns that each has.
+        budget_ms: that each may take in all, its warm-up apart.
+        warm_ms: warm-up before each turn.
 
     Raises:
         ValueError: a check that is missing, or is of another build or shape.
@@ -251,15 +394,16 @@ def time_methods(
     missing = [m.key for m in methods if m.key not in passed]
     if missing:
         raise ValueError(f"no timing without a passed check of {shape}: {', '.join(missing)}")
-    x, weight, bias = random_data(shape, "cuda")
+    data = random_data(shape, "cuda")
     runners = []
     for method in methods:
         rung: Rung | None = getattr(method, "rung", None)
+        prepare = getattr(method, "prepare", None)
         runners.append(
             _Runner(
                 name=rung.name if rung else method.key,
                 kind="rung" if rung else "peer",
-                run=lambda method=method: method(x, weight, bias, shape),
+                run=prepare(*data, shape) if prepare else partial(method, *data, shape),
                 precision=method.precision,
                 error=passed[method.key].error,
                 source_hash=rung.source_hash if rung else "",
@@ -268,7 +412,9 @@ def time_methods(
                 defines=getattr(method, "defines", {}),
             )
         )
-    _take_turns(runners, _flush_buffer(shape))
+    if floor:
+        runners.append(_floor_runner(shape, data[0], data[1]))
+    _take_turns(runners, _flush_buffer(shape), rounds, budget_ms, warm_ms)
     return [runner.timing() for runner in runners]
 
 
@@ -349,6 +495,12 @@ L2_READ = Rung(
 MATMUL_SIZE = 8192
 
 
+def _floor_runner(shape: ConvShape, x: torch.Tensor, weight: torch.Tensor) -> _Runner:
+    """`FLOOR` on a shape's data; like the rungs it takes its output from torch's allocator."""
+    run = partial(build.load(FLOOR, "cuda"), x, weight, None, shape.with_(bias=False))
+    return _Runner("memory floor", "ceiling", run, bytes=shape.least_bytes)
+
+
 def time_ceilings(shape: ConvShape) -> list[Timing]:
     """Time what no kernel beats on the current GPU: memory alone, arithmetic alone.
 
@@ -357,7 +509,6 @@ def time_ceilings(shape: ConvShape) -> list[Timing]:
     faster.
     """
     x, weight, _ = random_data(shape, "cuda")
-    floor = build.load(FLOOR, "cuda")
     size = MATMUL_SIZE
     source = torch.rand(2**28, device="cuda")  # 1 GiB, read once and written once
     target = torch.empty_like(source)
@@ -375,19 +526,13 @@ def time_ceilings(shape: ConvShape) -> list[Timing]:
 
         return run
 
-    out = torch.empty(shape.output_shape, device="cuda")
     l2_read = build.load(L2_READ, "cuda")
     l2_data = (*random_data(L2_SHAPE, "cuda")[:2], None, L2_SHAPE)
     l2_out = torch.empty(L2_SHAPE.output_shape, device="cuda")
     l2_bytes = L2_TURNS * 4 * l2_data[0].numel()
     flops = 2 * size**3
     runners = [
-        _Runner(
-            "memory floor",
-            "ceiling",
-            lambda: floor(x, weight, None, shape.with_(bias=False), out),
-            bytes=shape.least_bytes,
-        ),
+        _floor_runner(shape, x, weight),
         _Runner("copy", "ceiling", lambda: target.copy_(source), bytes=2 * 2**30),
         _Runner("L2 read", "ceiling", lambda: l2_read(*l2_data, l2_out), bytes=l2_bytes),
         _Runner("matmul fp16", "ceiling", lambda: torch.mm(half_a, half_b), flops=flops),
@@ -398,31 +543,73 @@ def time_ceilings(shape: ConvShape) -> list[Timing]:
     return [runner.timing() for runner in runners]
 
 
+def build_rungs(
+    jobs: Sequence[tuple[Rung, Mapping[str, int]]],
+) -> tuple[list[build.Kernel], dict[str, str]]:
+    """CUDA kernels of rungs with their defines, those that can be built, and why others cannot."""
+    with contextlib.suppress(build.BuildError):
+        build.load_all(jobs)  # all at once, into the cache; what fails there fails below
+    built: list[build.Kernel] = []
+    left_out: dict[str, str] = {}
+    for rung, defines in jobs:
+        try:
+            built.append(build.load(rung, "cuda", defines=defines))
+        except build.BuildError as error:
+            left_out[rung.name] = str(error)
+    return built, left_out
+
+
+def check_methods(
+    methods: Sequence[Method], shape: ConvShape, device: torch.device | str = "cuda"
+) -> tuple[list[Method], list[Checked], dict[str, str]]:
+    """Check methods on one shape, against the same references.
+
+    Returns:
+        The methods that passed, their checks, and for those left out the reason: not enough memory,
+        or, for a peer, whatever PyTorch raised; it must not cost a run its rungs.
+
+    Raises:
+        AssertionError: a rung's result is wrong.
+    """
+    expected = Expected(shape, device)
+    passed: list[Method] = []
+    checks: list[Checked] = []
+    left_out: dict[str, str] = {}
+    for method in methods:
+        try:
+            checks.append(check(method, shape, expected=expected))
+            passed.append(method)
+        except torch.OutOfMemoryError:
+            left_out[label(method)] = "not enough device memory"
+        except Exception as error:
+            if not isinstance(method, Peer):
+                raise
+            reason = str(error).strip() or "no reason given"
+            left_out[label(method)] = f"{type(error).__name__}: {reason.splitlines()[0]}"
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the next one's pieces are of other sizes
+    return passed, checks, left_out
+
+
 def check_and_time(
     shape: ConvShape, rungs: Sequence[Rung] = RUNGS, peers: Sequence[Peer] = PEERS
 ) -> tuple[list[Timing], dict[str, str]]:
     """Build, check and time rungs and peers on the current GPU, all in one run.
 
     Returns:
-        The timings in the order given, peers last, and for each rung that is not among them the
-        reason: the shape it refuses, or why it could not be built.
+        The timings in the order given, peers last, and for each rung or peer that is not among them
+        the reason: the shape it refuses, why it could not be built, or why it did not run.
 
     Raises:
-        AssertionError: a method's result is wrong.
+        AssertionError: a rung's result is wrong.
+        RuntimeError: nn.Conv2d itself does not run here, and there is nothing to compare with.
     """
-    methods: list[Method] = []
-    left_out: dict[str, str] = {}
-    for rung in rungs:
-        if reason := rung.refuses(shape):
-            left_out[rung.name] = reason
-            continue
-        try:
-            methods.append(build.load(rung, "cuda"))
-        except build.BuildError as error:
-            left_out[rung.name] = str(error)
-    methods += peers
-    checks = [check(method, shape, "cuda") for method in methods]
-    return time_methods(methods, checks, shape), left_out
+    refused = {r.name: reason for r in rungs if (reason := r.refuses(shape))}
+    built, not_built = build_rungs([(r, {}) for r in rungs if r.name not in refused])
+    methods, checks, failed = check_methods([*built, *peers], shape)
+    if (default := PEERS[0].name) in failed:
+        raise RuntimeError(f"{default} does not run: {failed[default]}")
+    return time_methods(methods, checks, shape), refused | not_built | failed
 
 
 def check_and_sweep(shape: ConvShape, rungs: Sequence[Rung], peers: Sequence[Peer]) -> list[Timing]:

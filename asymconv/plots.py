@@ -26,10 +26,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
+from asymconv import asymmetry as experiments
 from asymconv import record as records
 from asymconv import strips
 from asymconv.accuracy import RECORD as ACCURACY
 from asymconv.accuracy import Accuracy, Errors
+from asymconv.asymmetry import Measured, Series
 from asymconv.measure import Timing
 from asymconv.record import Record, short_name
 
@@ -50,6 +52,12 @@ COLOURS: Mapping[str, str] = {
     # what a rung is compared with
     "nn.Conv2d": "#000000",
     "nn.Conv2d, strict fp32": "#555555",
+    "cudnn.benchmark": "#4D03FE",
+    "channels_last": "#4C68F8",
+    "channels_last, converting": "#A7D987",
+    "autocast fp16": "#512E63",
+    "torch.compile": "#DABCBD",
+    "torch.compile, max-autotune": "#B04021",
     # what nothing beats
     "memory floor": "#B00020",
     "copy": "#8C564B",
@@ -63,7 +71,7 @@ COLOURS: Mapping[str, str] = {
 Rungs and peers stay apart under red-green blindness (tests/test_plots.py simulates it).
 """
 
-MARKERS: Mapping[str, str] = {
+MARKERS: Mapping[str, str | tuple[int, int, int]] = {
     "k01": "v",
     "k02": "^",
     "k03": "s",
@@ -74,6 +82,12 @@ MARKERS: Mapping[str, str] = {
     "k08": "X",
     "nn.Conv2d": "p",
     "nn.Conv2d, strict fp32": "h",
+    "cudnn.benchmark": "<",
+    "channels_last": ">",
+    "channels_last, converting": "d",
+    "autocast fp16": "8",
+    "torch.compile": "H",
+    "torch.compile, max-autotune": (4, 1, 0),
 }
 """Marker of each rung and peer: tells them apart without colour."""
 
@@ -85,7 +99,7 @@ def colour(name: str) -> str:
     return COLOURS[key]
 
 
-def marker(name: str) -> str:
+def marker(name: str) -> str | tuple[int, int, int]:
     """The marker of a rung or peer. Raises KeyError, saying where to add one."""
     if (key := short_name(name)) not in MARKERS:
         raise KeyError(f"{name!r} has no marker: give it one in asymconv.plots.MARKERS")
@@ -295,19 +309,27 @@ def _point(axes: Axes, x: float, y: float, name: str, hollow: bool = False) -> N
 
 def _small_print(record: Record, source: str) -> list[str]:
     """Which GPU, convolution, record and revision a figure shows."""
-    made = record.made
-    repeats = [len(t.milliseconds) for t in record.timings]
-    spread = f"{min(repeats)} to {max(repeats)}" if min(repeats) < max(repeats) else f"{repeats[0]}"
-    return [
-        f"{record.gpu} · {record.shape} · medians of {spread} repeats",
+    what = f"{record.gpu} · {record.shape} · medians of {_repeats(record.timings)} repeats"
+    return [what, _provenance(record.made, source)]
+
+
+def _repeats(timings: Sequence[Timing]) -> str:
+    """How often they were repeated: ``3 to 60``."""
+    counts = [len(t.milliseconds) for t in timings]
+    return f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
+
+
+def _provenance(made: Mapping[str, str | int], source: str) -> str:
+    """Which record of which revision and versions."""
+    return (
         f"record {source} of {made['date']} · git {made['revision']} · torch {made['torch']}, "
-        f"CUDA {made['cuda']}, cuDNN {made['cudnn']}",
-    ]
+        f"CUDA {made['cuda']}, cuDNN {made['cudnn']}"
+    )
 
 
 def _label(name: str) -> str:
-    """A method's name for reading: ``k02 block per pixel``."""
-    return name.replace("_", " ")
+    """A method's name for reading: ``k02 block per pixel``; a peer's as it is."""
+    return name if short_name(name) == name else name.replace("_", " ")
 
 
 def _best(record: Record) -> Timing:
@@ -385,7 +407,7 @@ def ladder(record: Record, source: str = records.LADDER.name) -> Figure:
         _note(axes, floor, -0.5, floor_text, dx=-2, dy=5, color=colour("memory floor"))
         for timing, row in rows:
             x, ink = timing.median, colour(timing.name)
-            if timing.kind == "peer":  # its time, led up past the rungs
+            if timing in peers[:2]:  # its time, led up past the rungs
                 axes.plot([x, x], [row, -0.5], color=ink, linewidth=0.9, linestyle=(0, (1, 2.5)))
             axes.plot([floor, x], [row, row], color=ink, linewidth=3, zorder=3, alpha=0.9)
             _point(axes, x, row, timing.name)
@@ -1005,6 +1027,113 @@ def _label_points(axes: Axes, methods: Sequence[Timing], height: float) -> None:
             _note(axes, timing.median, timing.error, name, dy=dy, ha="center", backed=True)
 
 
+# --- series of shapes -----------------------------------------------------------------------------
+
+LINED = ("aspect", "pitch", "batch", "growth", "strips")
+"""Series of `asymmetry` whose shapes have an order, drawn as lines."""
+
+
+def _series_finding(measured: Measured, series: Series) -> str:
+    """How much the fastest rung's and nn.Conv2d's time per output changes over a series."""
+    relative = measured.relative(series)
+    costs = measured.costs(series)
+    at = series.shapes.index(series.base)
+    rungs = [name for name in relative if name.startswith("k")]
+    names = [min(rungs, key=lambda name: costs[name][at])] if rungs else []
+    names += [name for name in ("nn.Conv2d",) if name in relative]
+    found = [f"{name} by {significant(experiments.spread(relative[name]))}" for name in names]
+    return "Between best and worst shape the time per output changes: " + ", ".join(found)
+
+
+def series(measured: Measured, series: Series, source: str = experiments.RECORD.name) -> Figure:
+    """Time per output of every method on every shape, over its own on the series' base.
+
+    Args:
+        measured: of that series.
+        series: whose shapes are drawn, side by side in their order.
+        source: the record's file name, for the small print.
+
+    Raises:
+        ValueError: no method was measured on the series' base.
+        KeyError: a method has no colour.
+    """
+    relative = {n: r for n, r in measured.relative(series).items() if n != "memory floor"}
+    if not relative:
+        raise ValueError(f"the record of {series.name!r} has nothing on {series.base}")
+    timings = [timing for row in measured.rows for timing in row.timings]
+    base = series.named(series.base)
+    small_print = [
+        f"{measured.made['gpu']} · {series.base}, other sizes as drawn · medians of "
+        f"{_repeats(timings)} repeats",
+        _provenance(measured.made, source),
+    ]
+    if set(relative) & set(experiments.SLOW):
+        slow = " and ".join(sorted(set(relative) & set(experiments.SLOW)))
+        small_print.insert(1, f"{slow} with {experiments.SLOW_FILTERS} output channels")
+    subtitle = f"{series.question} Each method's time per output over its own on {base}."
+    values = [v for ratios in relative.values() for v in ratios if v is not None]
+    with style():
+        body = max(240.0, 13.0 * len(relative) + 30)
+        title = _series_finding(measured, series)
+        left, right = 46.0, 176.0
+        names = [series.named(shape) for shape in series.shapes]
+        room = (WIDTH - left - right) / len(names)
+        two = max(map(len, names)) * 5.8 > room  # lines a name
+        foot = 54 if two else 42
+        figure, bottom, _top = page(body + 12 + foot, title, subtitle, small_print)
+        axes = axes_at(figure, left, bottom + foot, WIDTH - left - right, body)
+        low, high = 0.9 * min(values), 1.1 * max(values)
+        axes.set_yscale("log")
+        axes.set_xlim(-0.35, len(series.shapes) - 0.65)
+        axes.set_ylim(low, high)
+        ticks = [t for t in _RATIOS if low <= t <= high]
+        if len(ticks) > 8:
+            ticks = [t for t in ticks if t in (0.7, 1.4) or math.log2(t).is_integer()]
+        _ticks(axes, "y", ticks, [f"{tick:g}" for tick in ticks])
+        for tick in ticks:
+            axes.axhline(tick, color=SOFT if tick == 1 else FAINT, linewidth=0.7, zorder=0)
+        places = range(len(names))
+        halves = [re.match(r"(\S+?(?:×| )|)(.*)", name).groups() for name in names]
+        _ticks(axes, "x", places, [first for first, _ in halves] if two else names)
+        if two:
+            for place, (_, second) in enumerate(halves):
+                _note(axes, place, low, second, dy=-26, ha="center", color=SOFT)
+        axis_text = _AXES.get(series.name, series.name)
+        _note(axes, (len(places) - 1) / 2, low, axis_text, dy=13 - foot, ha="center", color=SOFT)
+        last = len(places) - 1
+        ends = {}
+        for name, ratios in relative.items():
+            there = [(x, v) for x, v in enumerate(ratios) if v is not None]
+            ends[name] = there[-1]
+            ink = colour(name)
+            axes.plot(*zip(*there, strict=True), color=ink, linewidth=1.3, zorder=3, alpha=0.8)
+            for x, v in there:
+                _point(axes, x, v, name)
+        per_point = math.log(high / low) / body
+        wanted = [math.log(v) / per_point for _, v in ends.values()]
+        for (name, (_, v)), place in zip(ends.items(), _spread(wanted, 12.5), strict=True):
+            at = math.exp(place * per_point)
+            label_x = last + 0.06 * len(places)
+            axes.plot([last, label_x], [v, at], color=SOFT, linewidth=0.6, zorder=1, clip_on=False)
+            weight = "bold" if name.startswith("k") else "normal"
+            text = f"{name}  {significant(v)}"
+            _note(axes, label_x, at, text, dx=3, dy=-3, fontweight=weight, color=INK)
+    return figure
+
+
+_RATIOS = (
+    *(0.125, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0, 2.5, 3.0, 4.0),
+    *(8.0, 16.0, 32.0, 64.0, 128.0, 256.0),
+)
+_AXES = {
+    "aspect": "height × width of the input",
+    "pitch": "floats from one output row to the next, of input columns (+ padding)",
+    "batch": "images",
+    "growth": "images × height × width of the input",
+    "strips": "columns of the output",
+}
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 _NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
@@ -1035,7 +1164,7 @@ def svg(figure: Figure) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
-FIGURES: Mapping[str, Callable[[], Figure]] = {
+FIGURES: dict[str, Callable[[], Figure]] = {
     "ladder": lambda: ladder(records.load()),
     "roofline": lambda: roofline(records.load()),
     "tiles": lambda: tiles(records.load(records.VARIANTS)),
@@ -1043,8 +1172,22 @@ FIGURES: Mapping[str, Callable[[], Figure]] = {
 """Every figure of figures/, by the stem of its file, from the records it shows."""
 
 
+def figures_of_series() -> dict[str, Callable[[], Figure]]:
+    """Those of `asymconv.asymmetry`, likewise, of the series that were measured so far."""
+    if not experiments.RECORD.exists():
+        return {}
+    record = experiments.load()
+
+    def drawing(name: str) -> Callable[[], Figure]:
+        return lambda: series(record[name], experiments.get_series(name))
+
+    return {f"asymmetry_{name}": drawing(name) for name in LINED if name in record}
+
+
 def draw_all(folder: Path) -> list[Path]:
-    """Write every figure of `FIGURES` as SVG into a folder, each file whole or not at all.
+    """Write every figure as SVG into a folder, each file whole or not at all.
+
+    Those of `FIGURES`, whose records are in the repository, and those of `figures_of_series`.
 
     Returns:
         The paths written.
@@ -1053,7 +1196,7 @@ def draw_all(folder: Path) -> list[Path]:
         FileNotFoundError: a record is not there.
     """
     paths = []
-    for stem, draw in FIGURES.items():
+    for stem, draw in (FIGURES | figures_of_series()).items():
         path = folder / f"{stem}.svg"
         records.write_atomically(path, svg(draw()))
         paths.append(path)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from asymconv.kernels import RUNGS, Rung
-from asymconv.measure import Kind, Timing, check_and_time, time_ceilings
+from asymconv.measure import PEERS, Kind, Peer, Timing, check_and_time, time_ceilings
 from asymconv.problem import CONTRACT, ConvShape
 
 FORMAT = 1
@@ -100,7 +100,7 @@ class Record:
         shape: the convolution.
         made: where and with what (`environment`).
         timings: every method of the run.
-        left_out: rungs that are not among them, and why.
+        left_out: rungs and peers that are not among them, and why.
     """
 
     title: str
@@ -150,12 +150,14 @@ def make(
     return Record(title, shape, environment(), tuple(timings), dict(left_out))
 
 
-def measure_ladder(shape: ConvShape = CONTRACT, rungs: Sequence[Rung] = RUNGS) -> Record:
+def measure_ladder(
+    shape: ConvShape = CONTRACT, rungs: Sequence[Rung] = RUNGS, peers: Sequence[Peer] = PEERS
+) -> Record:
     """Check and time rungs, peers and ceilings on this machine's GPU, in one run.
 
     Raises what `measure.check_and_time` raises.
     """
-    timings, left_out = check_and_time(shape, rungs)
+    timings, left_out = check_and_time(shape, rungs, peers)
     timings += time_ceilings(shape)
     of = "the contract's shape" if shape == CONTRACT else "another layer"
     return make(f"The ladder on {of}", shape, timings, left_out)

@@ -12,6 +12,8 @@ FILES: Mapping[str, str] = {
     "bench": "ladder.json",
     "sweep": "variants.json",
     "strips": "strips.json",
+    "accuracy": "accuracy.json",
+    "asymmetry": "asymmetry.json",
     "layers": "layers.json",
     "network": "network.json",
     "profile": "counters.json",

@@ -18,7 +18,20 @@ from IPython.display import SVG, Markdown
 from matplotlib.figure import Figure
 from PIL import Image
 
-from asymconv import build, comparison, cpu, dispatch, plots, profiler, record, strips, tables
+from asymconv import asymmetry as experiments
+from asymconv import (
+    build,
+    comparison,
+    cpu,
+    dispatch,
+    hints,
+    plots,
+    predictions,
+    profiler,
+    record,
+    strips,
+    tables,
+)
 from asymconv.check import check, random_data
 from asymconv.kernels import Rung, half_range, ptx
 from asymconv.problem import ConvShape
@@ -361,6 +374,16 @@ def variants(of: record.Record, rung: str, names: Sequence[str]) -> Markdown:
     return table((*names, "median, ms"), rows)
 
 
+def all_variants(of: record.Record, rung: str) -> Markdown:
+    """Times of a rung with each of its other constants, whatever they are called."""
+    rows = [
+        (", ".join(f"{name} {value}" for name, value in t.defines.items()), f"{t.median:.3f}")
+        for t in of.timings
+        if t.name.startswith(rung)
+    ]
+    return table((rung, "ms"), rows)
+
+
 def halo(rung: Rung, tiles: Sequence[tuple[int, int]], shape: ConvShape) -> Markdown:
     """What each tile of a rung (TILE_H, TILE_W) fetches, counted on the CPU, for an output pixel.
 
@@ -469,3 +492,109 @@ def decisions(capability: tuple[int, int], *layers: tuple[ConvShape, str, bool])
         flags = "allowed" if tf32 else "forbidden"
         rows.append((f"{shape}, {layout}, TF32 {flags}", runs, decision.reason))
     return table(("layer", "runs", "because"), rows, texts=3)
+
+
+def _series(name: str, path: Path | None) -> tuple[experiments.Series, experiments.Measured | None]:
+    """A series and what was measured of it, None if nothing."""
+    path = path or experiments.RECORD
+    found = experiments.load(path) if path.exists() else {}
+    return experiments.get_series(name), found.get(name)
+
+
+def series(name: str, path: Path | None = None) -> Markdown:
+    """A series of `asymmetry` as a table, or that it was not taken yet: asks, holds equal, found.
+
+    Raises:
+        KeyError: there is no such series.
+    """
+    its, measured = _series(name, path)
+    text = f"**{its.question}** Equal: {its.equal}\n\n"
+    if measured is None:
+        return Markdown(text + _not_taken("asymmetry").data)
+    rows = table(tables.asymmetry_headers(its), tables.asymmetry_rows(its, measured))
+    made_on = f"*Medians on {measured.made['gpu']}, {measured.made['date']}.*"
+    out = {f"{n}, {row.shape}: {why}" for row in measured.rows for n, why in row.left_out.items()}
+    lines = "".join(f"\n- not measured: {line}" for line in sorted(out))
+    return Markdown(f"{text}{rows.data}\n\n{made_on}\n{lines}")
+
+
+def series_figure(name: str, path: Path | None = None) -> Picture | Markdown:
+    """The same as a figure, where it was taken.
+
+    Raises:
+        KeyError: there is no such series.
+    """
+    its, measured = _series(name, path)
+    if measured is None:
+        return Markdown("*And its figure.*")
+    return figure(plots.series(measured, its))
+
+
+def answers(path: Path | None = None) -> Markdown:
+    """Every idea of the seed: its verdict, and the number from the records that gives it."""
+    path = path or experiments.RECORD
+    found = hints.answers(
+        record.load(record.LADDER),
+        record.load(record.VARIANTS),
+        profiler.load(),
+        experiments.load(path) if path.exists() else None,
+    )
+    rows = [(a.idea, f"**{a.verdict}**", a.number, a.record) for a in found]
+    return table(("idea", "verdict", "number", "record"), rows, texts=4)
+
+
+def sectors_by_hand(rung: Rung, shapes: Sequence[ConvShape]) -> Markdown:
+    """Sectors of k03's stores and loads of x, by `predictions` and counted on the CPU."""
+    rows = []
+    for shape in shapes:
+        lines = [line for line in trace(rung, shape) if line.space == "global"]
+        stores = sum(line.sectors for line in lines if line.op == "store")
+        requests = predictions.store_requests(shape)
+        loads = sum(line.sectors for line in lines if line.op == "load") - requests * shape.terms
+        rows.append(
+            (
+                f"{shape.width} in, {shape.out_width} out",
+                f"{100 * predictions.aligned_rows(shape.out_width):.3g} %",
+                f"{predictions.store_sectors(shape):,}",
+                f"{stores:,}",
+                f"{stores / requests:.2f}",
+                f"{predictions.load_sectors(shape):,}",
+                f"{loads:,}",
+            )
+        )
+    headers = ("columns", "rows on a sector", "store sectors by hand", "counted", "a request")
+    return table((*headers, "load sectors by hand", "counted"), rows)
+
+
+def per_output(rungs: Sequence[Rung], shapes: Sequence[ConvShape]) -> Markdown:
+    """Sectors of global memory that each rung asks for, for an output, counted on the CPU."""
+    rows = []
+    for rung in rungs:
+        cells = []
+        for shape in shapes:
+            lines = [line for line in trace(rung, shape) if line.space == "global"]
+            cells.append(f"{sum(line.sectors for line in lines) / shape.outputs:.2f}")
+        rows.append((rung.number, *cells))
+    return table(("rung", *(f"{s.height}×{s.width}" for s in shapes)), rows)
+
+
+def strips(shapes: Sequence[ConvShape], multiprocessors: int = 132) -> Markdown:
+    """k07's plan for each shape, and what it costs by hand (`predictions.strips`)."""
+    base = predictions.strips(shapes[0], multiprocessors)
+    rows = []
+    for shape in shapes:
+        plan = predictions.strips(shape, multiprocessors)
+        waste = predictions.covered(shape, (1, 128)) - 1
+        rows.append(
+            (
+                f"{shape.batch}×{shape.height}×{shape.width}",
+                plan.strips,
+                f"{100 * waste:.1f} %",
+                f"{plan.items} of {plan.rows} rows",
+                plan.turns,
+                f"{plan.cost:.2f}",
+                f"{plan.cost / base.cost:.2f}",
+            )
+        )
+    headers = ("input", "strips", "columns in vain", "items", "turns of 132", "cost")
+    return table((*headers, "× the first"), rows)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
+from asymconv.asymmetry import Measured, Series, estimate
 from asymconv.comparison import OURS, THEIRS, Layers, Network, Row
 from asymconv.kernels import RUNGS
+from asymconv.measure import ALL_PEERS
 from asymconv.problem import ConvShape
 from asymconv.record import Record, short_name, write_atomically
 
 BEGIN, END = "<!-- ladder:begin -->", "<!-- ladder:end -->"
 
-HEADERS = ("kernel", "idea", "ms", "× nn.Conv2d", "of the floor", "error")
+HEADERS = ("kernel", "idea", "ms", "× nn.Conv2d", "of the floor", "error", "GB")
 
 
 def _number(value: float) -> str:
@@ -29,22 +31,24 @@ def ladder_rows(record: Record) -> Iterator[tuple[str, ...]]:
     """A row for each rung and peer: see `HEADERS`.
 
     "× nn.Conv2d" is how many times faster than PyTorch's default in the same run; "of the floor"
-    the memory floor's time over the method's; the error is ‖y - ref‖ / ‖ref‖ against float64.
+    the memory floor's time over the method's; the error is ‖y - ref‖ / ‖ref‖ against float64; GB
+    are what it takes of device memory at its peak, beyond input and weights, output included.
 
     Raises:
         KeyError: the record has no nn.Conv2d or no memory floor.
     """
     ideas = {rung.name: rung.idea for rung in RUNGS}
-    peers = {"nn.Conv2d": "PyTorch's default, TF32", "nn.Conv2d, strict fp32": "TF32 forbidden"}
+    ideas |= {peer.name: peer.idea for peer in ALL_PEERS}
     default, floor = record["nn.Conv2d"].median, record["memory floor"].median
     for timing in record.of_kind("rung") + record.of_kind("peer"):
         yield (
             timing.name,
-            ideas.get(timing.name, peers.get(timing.name, "")),
+            ideas.get(timing.name, ""),
             _number(timing.median),
             _number(default / timing.median),
             f"{100 * floor / timing.median:.2g} %",
             f"{timing.error:.1e}",
+            f"{timing.peak_bytes / 1e9:.2f}",
         )
 
 
@@ -53,13 +57,14 @@ def caption(record: Record) -> str:
     floor = record["memory floor"].median
     return (
         f"{record.shape}, forward, medians on {record.gpu}, torch {record.made['torch']}; "
-        f"moving the bytes alone takes {_number(floor)} ms."
+        f"moving the bytes alone takes {_number(floor)} ms. "
+        "GB: peak memory beyond input and weights."
     )
 
 
 def ladder_markdown(record: Record) -> str:
     """The table in Markdown, with its caption."""
-    lines = ["| " + " | ".join(HEADERS) + " |", "| :-- | :-- | --: | --: | --: | --: |"]
+    lines = ["| " + " | ".join(HEADERS) + " |", "| :-- | :-- |" + " --: |" * len(HEADERS[2:])]
     lines += ["| " + " | ".join(row) + " |" for row in ladder_rows(record)]
     return "\n".join([*lines, "", caption(record)])
 
@@ -181,3 +186,45 @@ def network_rows(network: Network) -> Iterator[tuple[str, str, str]]:
     if network.peak_bytes:
         memory = {n: f"{b / 1e9:.2f}" for n, b in network.peak_bytes.items()}
         yield both("peak memory in training, GB", memory)
+
+
+def series_rich(chosen: Sequence[Series]) -> Table:
+    """Experiments on shapes, for a terminal: what they ask, and a guess at their time."""
+    table = Table("series", "question", "shapes", title="What does the shape matter?")
+    table.add_column("s, a guess", justify="right")
+    for series in chosen:
+        shapes = ", ".join(series.named(shape) for shape in series.shapes)
+        table.add_row(series.name, series.question, shapes, f"{estimate(series):.0f}")
+    return table
+
+
+def asymmetry_rows(series: Series, measured: Measured) -> Iterator[tuple[str, ...]]:
+    """A row for each method: its name, then its cells for each shape of the series.
+
+    A cell is the time in ms and, where the series' base was measured, time per output over that on
+    the base.
+    """
+    relative = measured.relative(series)
+    for name, timings in measured.timings(series).items():
+        ratios = relative.get(name, [None] * len(timings))
+        cells = []
+        for timing, ratio in zip(timings, ratios, strict=True):
+            text = "" if timing is None else _number(timing.median)
+            cells.append(text if ratio is None else f"{text} ({ratio:.2f})")
+        yield name, *cells
+
+
+def asymmetry_headers(series: Series) -> tuple[str, ...]:
+    """Of `asymmetry_rows`."""
+    return ("ms (× per output)", *(series.named(shape) for shape in series.shapes))
+
+
+def asymmetry_rich(series: Series, measured: Measured) -> Table:
+    """A series for a terminal."""
+    first, *others = asymmetry_headers(series)
+    table = Table(first, title=series.question)
+    for header in others:
+        table.add_column(header, justify="right")
+    for row in asymmetry_rows(series, measured):
+        table.add_row(*row)
+    return table

@@ -12,9 +12,20 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from asymconv import comparison, machine, profiler, record, retake, strips, study
+from asymconv import (
+    accuracy,
+    asymmetry,
+    comparison,
+    machine,
+    profiler,
+    record,
+    retake,
+    strips,
+    study,
+)
 from asymconv.cli import app
 from asymconv.kernels import RUNGS
+from asymconv.measure import ALL_PEERS, PEERS
 from asymconv.problem import ConvShape
 
 runner = CliRunner()
@@ -115,12 +126,13 @@ def test_figures_writes_them(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The published record's timings in place of a GPU's; the rungs asked for are noted."""
+    """The published record's timings in place of a GPU's; notes rungs and further peers."""
     published = record.load(record.LADDER)
     asked: list[str] = []
 
-    def measured(shape, rungs):
+    def measured(shape, rungs, peers):
         asked.extend(r.number for r in rungs)
+        asked.extend(p.name for p in peers if p not in PEERS)
         names = {r.name for r in rungs}
         kept = [t for t in published.timings if t.kind == "peer" or t.name in names]
         sizes = {"flops": shape.flops, "bytes": shape.least_bytes}
@@ -140,7 +152,7 @@ def test_bench_prints_the_ladder_and_writes_the_record(
     path = tmp_path / "mine.json"
     result = runner.invoke(app, ["bench", "--rungs", "k01, k03", "--record", "--output", str(path)])
     assert result.exit_code == 0, result.output
-    assert pretended_gpu == ["k01", "k03"]
+    assert pretended_gpu == ["k01", "k03", *(p.name for p in ALL_PEERS if p not in PEERS)]
     assert "k03_coalesced" in result.output
     assert "k02" not in result.output
     assert "k99_none is not in the table: a reason" in result.output
@@ -166,6 +178,18 @@ def test_bench_of_a_layer_prints_floors_and_draws_the_roofline(
     assert f"all operations in tf32        │     {ms:.2f} │" in result.output
     assert "TF32 allowed: k07_hopper_ring" in result.output
     assert str(shape) in drawn.read_text()
+
+
+def test_bench_says_that_there_is_nothing_to_compare_with(
+    pretended_gpu: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: object) -> None:
+        raise RuntimeError("nn.Conv2d does not run: not enough device memory")
+
+    monkeypatch.setattr(record, "check_and_time", failing)
+    result = runner.invoke(app, ["bench", "--shape", "1,2,9,9", "--out-channels", "3"])
+    assert result.exit_code == 1
+    assert "not enough device memory" in result.output
 
 
 def test_bench_says_what_a_wrong_kernel_did(
@@ -204,7 +228,8 @@ def test_every_command_that_records_is_taken_anew() -> None:
     }
     assert set(with_record) == set(retake.FILES)
     paths = (record.LADDER, record.VARIANTS, strips.RECORD, profiler.COUNTERS)
-    paths += (comparison.LAYERS_RECORD, comparison.NETWORK_RECORD)
+    paths += (comparison.LAYERS_RECORD, comparison.NETWORK_RECORD, accuracy.RECORD)
+    paths += (asymmetry.RECORD,)
     assert {path.name for path in paths} == set(retake.FILES.values())
 
 

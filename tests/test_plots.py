@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from samples import MADE, ceilings, measured_sample, timing, whole_ladder
 
-from asymconv import drawings, plots, record, tables
+from asymconv import asymmetry, drawings, plots, record, tables
 from asymconv.kernels import RUNGS
-from asymconv.measure import Timing
+from asymconv.measure import ALL_PEERS
 from asymconv.problem import CONTRACT
 from asymconv.study import ROOT
-
-MADE = {
-    "gpu": "a GPU of this test",
-    "date": "today",
-    "revision": "none",
-    "torch": "0",
-    "cuda": "0",
-    "cudnn": "0",
-}
-
-
-def timing(name: str, kind: str, ms: float, **more: object) -> Timing:
-    more = {"error": 1e-7, "flops": CONTRACT.flops, "bytes": CONTRACT.least_bytes} | more
-    return Timing(name, kind, "fp32", (ms, ms, ms), **more)
 
 
 @pytest.fixture
 def sample() -> record.Record:
     """Round numbers: the default peer 4 ms, the floor 1 ms, one rung at 400, another at 2."""
-    ceilings = [timing("memory floor", "ceiling", 1.0), timing("copy", "ceiling", 1.0)]
-    ceilings += [
-        timing(f"matmul {p}", "ceiling", ms, flops=2 * 8192**3, bytes=0)
-        for p, ms in (("fp16", 1.5), ("tf32", 3.0), ("fp32", 21.0))
-    ]
     return record.Record(
         "a test",
         CONTRACT,
@@ -48,7 +31,7 @@ def sample() -> record.Record:
             timing("k07_hopper_ring", "rung", 2.0),
             timing("nn.Conv2d", "peer", 4.0),
             timing("nn.Conv2d, strict fp32", "peer", 14.0),
-            *ceilings,
+            *ceilings(),
         ),
         {},
     )
@@ -141,8 +124,8 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
 
 def test_the_tables_numbers(sample: record.Record) -> None:
     rows = {row[0]: row for row in tables.ladder_rows(sample)}
-    assert rows["k07_hopper_ring"][2:] == ("2", "2", "50 %", "1.0e-07")
-    assert rows["k01_block_per_output"][2:] == ("400", "0.01", "0.25 %", "1.0e-07")
+    assert rows["k07_hopper_ring"][2:] == ("2", "2", "50 %", "1.0e-07", "0.00")
+    assert rows["k01_block_per_output"][2:] == ("400", "0.01", "0.25 %", "1.0e-07", "0.00")
 
 
 def test_a_readme_without_markers_is_refused(sample: record.Record) -> None:
@@ -223,8 +206,9 @@ def test_colours_stay_apart(sight: str) -> None:
 def test_every_method_of_the_record_has_a_colour() -> None:
     for measured in record.load(record.LADDER).timings:
         assert plots.colour(measured.name)
-    for rung in RUNGS:
-        assert rung.number in plots.MARKERS
+    for name in (*(rung.number for rung in RUNGS), *(peer.name for peer in ALL_PEERS)):
+        assert plots.marker(name)
+        assert plots.colour(name)
 
 
 def test_the_layers_picture_shows_its_sizes() -> None:
@@ -260,3 +244,65 @@ def test_the_drawings_say_what_they_show_in_a_line() -> None:
     for drawn in (drawings.ring(), drawings.shifted_window(), drawings.row_starts(CONTRACT)):
         subtitles = [t for t in drawn.texts if t.get_fontsize() == plots.TEXT_SIZE]
         assert len(subtitles) == 1
+
+
+def test_the_ladder_has_room_for_every_peer() -> None:
+    sample = whole_ladder()
+    drawn = plots.ladder(sample)
+    text = plots.svg(drawn)
+    [axes] = drawn.axes
+    rows = {t.get_text(): t.xy[1] for t in axes.texts if t.xy[0] == axes.get_xlim()[0]}
+    for peer in ALL_PEERS:
+        assert f">{peer.name}<" in text
+        assert peer.name in rows
+    places = sorted(set(rows.values()))
+    assert min(b - a for a, b in itertools.pairwise(places)) >= 1, "names stand in rows"
+    table = {row[0]: row for row in tables.ladder_rows(sample)}
+    for peer in ALL_PEERS:
+        assert table[peer.name][1] == peer.idea
+
+
+@pytest.mark.parametrize("name", plots.LINED)
+def test_a_series_is_drawn_with_every_method(name: str) -> None:
+    series = asymmetry.get_series(name)
+    measured = measured_sample(series)
+    drawn = plots.series(measured, series)
+    text = plots.svg(drawn)
+    [axes] = drawn.axes
+    relative = measured.relative(series)
+    labels = [t.get_text() for t in axes.texts]
+    for method, ratios in relative.items():
+        if method != "memory floor":
+            assert f"{method}  {plots.significant(ratios[-1])}" in labels
+            line = next(ln for ln in axes.lines if list(ln.get_ydata()) == ratios)
+            assert line.get_color() == plots.colour(method)
+    assert "memory floor" not in text
+    assert "asymmetry.json" in text
+    assert ("4 output channels" in text) == series.slow
+    at = series.shapes.index(series.base)
+    costs = {n: c[at] for n, c in measured.costs(series).items() if n.startswith("k")}
+    for method in (min(costs, key=costs.__getitem__), "nn.Conv2d"):
+        found = plots.significant(max(relative[method]) / min(relative[method]))
+        assert f"{method} by {found}" in " ".join(t.get_text() for t in drawn.texts)
+
+
+def test_a_series_without_its_base_is_refused() -> None:
+    series = asymmetry.get_series("aspect")
+    with pytest.raises(ValueError, match="has nothing on"):
+        plots.series(asymmetry.Measured(MADE, measured_sample(series).rows[:2]), series)
+
+
+def test_series_become_figures_once_they_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asymmetry, "RECORD", tmp_path / "none.json")
+    assert plots.figures_of_series() == {}
+    path = tmp_path / "a.json"
+    chosen = [asymmetry.get_series(name) for name in ("aspect", "orientation")]
+    asymmetry.save({series.name: measured_sample(series) for series in chosen}, path)
+    monkeypatch.setattr(asymmetry, "RECORD", path)
+    load = asymmetry.load
+    monkeypatch.setattr(asymmetry, "load", lambda: load(path))
+    assert list(plots.figures_of_series()) == ["asymmetry_aspect"]
+    names = {p.name for p in plots.draw_all(tmp_path / "drawn")}
+    assert "asymmetry_aspect.svg" in names

@@ -11,7 +11,9 @@ from typing import Literal
 
 from asymconv.problem import ConvShape
 
-Precision = Literal["fp32", "tf32"]
+Precision = Literal["fp32", "tf32", "fp16"]
+"""Class of rounding: "fp32" sums and products to 24 bits, "tf32" operands to 11 bits as well,
+"fp16" the result too. A rung is one of the first two; the last is what autocast does."""
 
 PRELUDE = r"""
 #include <cuda_runtime.h>
