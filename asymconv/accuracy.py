@@ -432,6 +432,11 @@ def _of_range(
         yield name, off if math.isfinite(off) else None
 
 
+def rounding_error(x: torch.Tensor, to: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """‖to(x) - x‖ / ‖x‖: what rounding alone does to operands."""
+    return ((to(x).double() - x.double()).norm() / x.double().norm()).item()
+
+
 def outside(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> float:
     """The part of elements for which torch.allclose(a, b, tolerance, tolerance) would be false."""
     near = (a.double() - b.double()).abs() <= tolerance + tolerance * b.double().abs()

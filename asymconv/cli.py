@@ -254,14 +254,13 @@ def accuracy(record: WriteRecord = False, output: RecordPath = None) -> None:
     import torch
 
     from asymconv import accuracy as errors
-    from asymconv.record import short_name
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with console.status("computing") as status:
         result = errors.measure(device, say=status.update)
     table = Table("method", "on", "‖y − ref‖ / ‖ref‖", title=f"Errors on {result.shape}")
     for method in result.errors:
-        table.add_row(short_name(method.name), method.where, f"{method.error:.2e}")
+        table.add_row(method.name, method.where, f"{method.error:.2e}")
     console.print(table)
     if record:
         path = output or errors.RECORD

@@ -26,10 +26,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
+from asymconv import accuracy, strips
 from asymconv import asymmetry as experiments
 from asymconv import record as records
-from asymconv import strips
-from asymconv.accuracy import RECORD as ACCURACY
 from asymconv.accuracy import Accuracy, Errors
 from asymconv.asymmetry import Measured, Series
 from asymconv.measure import Timing
@@ -848,15 +847,18 @@ def _exact(of: Accuracy) -> list[str]:
     return [
         f"{of.shape} · errors against float64 · models computed on a CPU, "
         f"kernels on {' and '.join(sorted(where))}",
-        f"record {ACCURACY.name} of {made['date']} · git {made['revision']} · "
+        f"record {accuracy.RECORD.name} of {made['date']} · git {made['revision']} · "
         f"torch {made['torch']}",
     ]
 
 
+SPREAD = ("bf16", "TF32, cut off", "TF32", "fp16", "k06", "k07", "fp32", "k05", "k08")
+"""Whose errors figures/errors.svg shows."""
+
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def histograms(of: Accuracy, names: Sequence[str]) -> Figure:
+def histograms(of: Accuracy, names: Sequence[str] = SPREAD) -> Figure:
     """How the errors of methods are spread over powers of two, a row each.
 
     Args:
@@ -1168,6 +1170,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "ladder": lambda: ladder(records.load()),
     "roofline": lambda: roofline(records.load()),
     "tiles": lambda: tiles(records.load(records.VARIANTS)),
+    "errors": lambda: histograms(accuracy.load()),
+    "growth": lambda: growth(accuracy.load()),
+    "error_and_time": lambda: error_and_time(records.load()),
 }
 """Every figure of figures/, by the stem of its file, from the records it shows."""
 

@@ -18,8 +18,8 @@ from IPython.display import SVG, Markdown
 from matplotlib.figure import Figure
 from PIL import Image
 
-from asymconv import asymmetry as experiments
 from asymconv import (
+    accuracy,
     build,
     comparison,
     cpu,
@@ -32,6 +32,7 @@ from asymconv import (
     strips,
     tables,
 )
+from asymconv import asymmetry as experiments
 from asymconv.check import check, random_data
 from asymconv.kernels import Rung, half_range, ptx
 from asymconv.problem import ConvShape
@@ -467,6 +468,26 @@ def writes(shape: ConvShape) -> Markdown:
 def writing(path: Path = strips.RECORD) -> Picture | Markdown:
     """The record of `asymconv strips` as a figure, or that it was not taken yet."""
     return figure(plots.writing(record.load(path))) if path.exists() else _not_taken("strips")
+
+
+def errors(of: accuracy.Accuracy, names: Sequence[str]) -> Markdown:
+    """Errors of some methods of a record, and where each was computed."""
+    chosen = [of[name] for name in names]
+    rows = [(m.name, m.kind, m.where, f"{m.error:.2e}") for m in chosen]
+    return table(("method", "what it is", "computed on", "‖y − ref‖ / ‖ref‖"), rows, texts=3)
+
+
+def ranges(of: accuracy.Accuracy, names: Sequence[str]) -> Markdown:
+    """Methods on hard inputs: the largest error over the sum of the terms' magnitudes.
+
+    "wrong": infinite or NaN where the reference is not, or the other way round.
+    """
+    rows = []
+    for case, measured in of.ranges.items():
+        full = {record.short_name(name): worst for name, worst in measured.items()} | measured
+        values = [full[name] for name in names]
+        rows.append((case, *("**wrong**" if v is None else f"{v:.0e}" for v in values)))
+    return table(("input", *names), rows)
 
 
 def _not_taken(command: str) -> Markdown:
