@@ -259,6 +259,9 @@ CHANNELS = tuple(2**i for i in range(3, 12))
 SEED = 55
 
 
+EXACT = "exact"
+
+
 @dataclass(frozen=True)
 class Errors:
     """How exact a method is on `SHAPE`.
@@ -269,7 +272,7 @@ class Errors:
         where: "CPU", "CPU backend" for a rung's CUDA text there, or the GPU.
         error: ‖y - ref‖ / ‖ref‖.
         counts: outputs whose error over the outputs' root mean square lies from 2^key to twice
-            that; key "0" counts those that are exact.
+            that; key `EXACT` counts those without.
         source_hash: a rung's.
     """
 
@@ -335,7 +338,7 @@ def histogram(difference: torch.Tensor, ref: torch.Tensor) -> dict[str, int]:
     found, counts = torch.unique(exponents[relative > 0], return_counts=True)
     result = {str(e): n for e, n in zip(found.tolist(), counts.tolist(), strict=True)}
     exact = int((relative == 0).sum())
-    return ({"0": exact} if exact else {}) | result
+    return ({EXACT: exact} if exact else {}) | result
 
 
 def _errors(

@@ -864,15 +864,16 @@ def histograms(of: Accuracy, names: Sequence[str] = SPREAD) -> Figure:
     Args:
         of: a record of errors.
         names: of its methods, from top to bottom; rungs by number or name. The title compares the
-            last with the coarsest.
+            last with the coarsest rung.
 
     Raises:
         KeyError: a method is not in the record.
     """
     chosen = [of[name] for name in names]
-    exponents = [int(e) for m in chosen for e in m.counts if e != "0"]
+    exponents = [int(e) for m in chosen for e in m.counts if e != accuracy.EXACT]
     low, high = max(min(exponents), -32), max(exponents) + 1
-    coarse, fine = max(chosen, key=lambda m: m.error), chosen[-1]
+    rungs = [m for m in chosen if m.kind == "rung"] or chosen
+    coarse, fine = max(rungs, key=lambda m: m.error), chosen[-1]
     title = (
         f"{short_name(fine.name)}'s errors are {significant(coarse.error / fine.error)} times "
         f"smaller than {short_name(coarse.name)}'s"
@@ -899,7 +900,7 @@ def histograms(of: Accuracy, names: Sequence[str] = SPREAD) -> Figure:
             most = max(method.counts.values()) / total
             ink = colour(method.name) if method.kind != "model" else "#8FA3B8"
             for exponent, count in method.counts.items():
-                if exponent != "0" and int(exponent) >= low:
+                if exponent != accuracy.EXACT and int(exponent) >= low:
                     height = 0.82 * count / total / most
                     _box(axes, int(exponent), row, 1, height, facecolor=ink, edgecolor="white")
             _note(axes, low, row, _label(method.name), dx=-8, dy=8, ha="right", fontsize=TEXT_SIZE)

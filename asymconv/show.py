@@ -486,7 +486,9 @@ def ranges(of: accuracy.Accuracy, names: Sequence[str]) -> Markdown:
     for case, measured in of.ranges.items():
         full = {record.short_name(name): worst for name, worst in measured.items()} | measured
         values = [full[name] for name in names]
-        rows.append((case, *("**wrong**" if v is None else f"{v:.0e}" for v in values)))
+        rows.append(
+            (case, *("**wrong**" if v is None else f"{v:.0e}" if v else "0" for v in values))
+        )
     return table(("input", *names), rows)
 
 
