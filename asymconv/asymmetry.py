@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from asymconv import record as records
-from asymconv.check import KEPT_BYTES, Method
+from asymconv.check import Method, kept_images
 from asymconv.kernels import RUNGS, Rung
 from asymconv.measure import (
     ALL_PEERS,
@@ -400,9 +400,9 @@ def estimate(series: Series, rungs: Sequence[Rung] = RUNGS, ladder: Record | Non
 def needed_bytes(shape: ConvShape) -> int:
     """Device memory to check and time a rung: tensors, references, and float64 of one image."""
     image = shape.with_(batch=1)
-    references = 20 * shape.outputs if shape.batch <= 3 else min(20 * shape.outputs, KEPT_BYTES)
+    references = 20 * image.outputs * max(1, kept_images(shape))
     pixels = math.prod(image.input_shape)
-    return int(shape.least_bytes + references + 8 * (2 * pixels + 3 * image.outputs))
+    return shape.least_bytes + references + 8 * (2 * pixels + 3 * image.outputs)
 
 
 def measure_row(shape: ConvShape, methods: Sequence[Method]) -> Row:

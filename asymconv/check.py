@@ -178,16 +178,31 @@ def reference(
     return F.conv2d(x.double(), weight.double(), bias64, **shape.conv_args())
 
 
-KEPT_BYTES = 16e9
-"""Of references that an `Expected` keeps: 12 images of the contract's shape."""
+KEPT_BYTES, KEPT_SHARE = 16e9, 0.2
+"""Of references that an `Expected` keeps, at most: 12 images of the contract's shape; and the share
+of a GPU's memory."""
+
+
+def kept_images(shape: ConvShape, limit: float = KEPT_BYTES) -> int:
+    """Images of a batch whose references fit so many bytes: all, an odd number, or none.
+
+    Each has two in float64 and one of integers in float32. Fewer than three are not worth it, but
+    for a smaller batch.
+    """
+    fit = int(limit / max((8 + 8 + 4) * shape.with_(batch=1).outputs, 1))
+    if shape.batch <= fit:
+        return shape.batch
+    odd = fit - (fit % 2 == 0)
+    return odd if odd >= 3 else 0
 
 
 class Expected:
     """What a convolution should give, for methods that are checked side by side.
 
     float64 convolutions take far longer than what they are compared with, so each is made once and
-    kept. Of a batch whose references would be too many (`KEPT_BYTES`) the images repeat, with an
-    odd period, so that an offset that wraps at a power of two still meets another image.
+    kept. Of a batch whose references would be too many (`kept_images`) the images repeat, with an
+    odd period, so that an offset that wraps at a power of two still meets another image. Where not
+    even three can be kept, none is, and no image repeats.
 
     Args:
         shape: the convolution.
@@ -203,12 +218,13 @@ class Expected:
         seed: int | None = None,
         keep: bool = True,
     ) -> None:
-        self.shape, self.device, self.keep = shape, device, keep
+        self.shape, self.device = shape, device
         self.seed = torch.Generator().seed() % 2**31 if seed is None else seed
-        image = (8 + 8 + 4) * shape.with_(batch=1).outputs  # reference, size, of integers
-        fit = max(3, int(KEPT_BYTES / max(image, 1)))
-        all_differ = shape.batch <= fit or not keep
-        self.images = shape.batch if all_differ else fit - (fit % 2 == 0)
+        limit = KEPT_BYTES
+        if torch.device(device).type == "cuda":
+            limit = min(limit, KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory)
+        kept = kept_images(shape, limit) if keep else 0
+        self.keep, self.images = kept > 0, kept or shape.batch
         self._kept: dict[tuple[str, int], tuple[torch.Tensor, ...]] = {}
 
     def random(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -345,8 +345,10 @@ def test_references_are_shared_and_images_repeat_oddly(monkeypatch: pytest.Monke
         return reference(*args)
 
     monkeypatch.setattr(check, "reference", counted)
-    monkeypatch.setattr(check, "KEPT_BYTES", 0.0)  # three images then
     shape = BASE.with_(batch=8)
+    fits = 4 * 20 * BASE.with_(batch=1).outputs  # but three is odd
+    monkeypatch.setattr(check, "KEPT_BYTES", fits)
+    monkeypatch.setattr(check.kept_images, "__defaults__", (fits,))
     expected = check.Expected(shape, seed=1)
     x = expected.random()[0]
     assert torch.equal(x[:3], x[3:6])
@@ -357,6 +359,16 @@ def test_references_are_shared_and_images_repeat_oddly(monkeypatch: pytest.Monke
     assert len(made) == 3 * 3
     with pytest.raises(ValueError, match="expected is of"):
         check.check(PEERS[0], BASE, expected=expected)
+
+
+def test_references_are_kept_where_they_fit() -> None:
+    image = 20 * BASE.with_(batch=1).outputs
+    for batch, fit, kept in ((2, 2, 2), (8, 8, 8), (8, 7, 7), (8, 6, 5), (8, 2, 0), (1, 0, 0)):
+        assert check.kept_images(BASE.with_(batch=batch), fit * image) == kept
+    assert check.kept_images(CONTRACT) == 8
+    assert check.kept_images(CONTRACT.with_(batch=64)) == 11
+    assert check.kept_images(CONTRACT.with_(batch=1, height=2048, width=4096)) == 0
+    assert check.check(PEERS[0], BASE.with_(batch=0)).elements == 0
 
 
 def test_a_repeated_image_does_not_hide_a_wrong_one() -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("IPython", reason="the study extra is not installed")
 
 from PIL import Image
+from samples import measured_sample
 
-from asymconv import drawings, profiler, record, show
+from asymconv import asymmetry, drawings, plots, profiler, record, show
 from asymconv.kernels import get_rung
 from asymconv.measure import Timing
 from asymconv.problem import CONTRACT
@@ -80,3 +83,31 @@ def test_timings_have_the_digits_that_they_are_worth() -> None:
     assert "| (max - min) / median |" in rows[0]
     assert rows[2] == "| k01_slow | 1909 | 1.2 % | 0.322 | 4.3e-07 |"
     assert rows[3] == "| k02_fast | 4.26 | 23.7 % | 144 |  |"
+
+
+def test_series_are_shown_once_they_are_measured(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for series in asymmetry.SERIES:
+        assert "Not measured yet" in show.series(series.name, path).data
+    assert show.answers(path).data.count("not measured yet") == 4
+
+    measured = {series.name: measured_sample(series) for series in asymmetry.SERIES}
+    first = measured["aspect"].rows[0]
+    first = dataclasses.replace(first, left_out={"autocast fp16": "not enough device memory"})
+    measured["aspect"] = dataclasses.replace(
+        measured["aspect"], rows=(first, *measured["aspect"].rows[1:])
+    )
+    asymmetry.save(measured, path)
+    for series in asymmetry.SERIES:
+        text = show.series(series.name, path).data
+        assert series.question in text
+        assert "a GPU of this test" in text
+        assert "Not measured yet" not in text
+        for shape in series.shapes:
+            assert f" {series.named(shape)} |" in text
+    assert f"- not measured: autocast fp16, {first.shape}: not enough" in (
+        show.series("aspect", path).data
+    )
+    for name in plots.LINED:
+        assert "Between best and worst" in repr(show.series_figure(name, path))
+    assert "not measured yet" not in show.answers(path).data
