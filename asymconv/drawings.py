@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, Rectangle
 
-from asymconv.plots import INK, SMALL_SIZE, SOFT, TEXT_SIZE, canvas, style
+from asymconv.plots.page import INK, SMALL_SIZE, SOFT, TEXT_SIZE, canvas, style
 from asymconv.problem import ConvShape
 
 INPUT, OUTPUT, WINDOW = "#BFD7EA", "#F6D8AE", "#D1495B"

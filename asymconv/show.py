@@ -29,10 +29,10 @@ from asymconv import (
     predictions,
     profiler,
     record,
-    strips,
     tables,
 )
 from asymconv import asymmetry as experiments
+from asymconv import strips as moves
 from asymconv.check import check, random_data
 from asymconv.kernels import Rung, half_range, ptx
 from asymconv.problem import ConvShape
@@ -449,23 +449,23 @@ def writes(shape: ConvShape) -> Markdown:
     writes some in parts.
     """
     rows = []
-    for variant in strips.STRIPS.variants:
-        constants = strips.STRIPS.constants(variant)
-        if constants["STORE"] == strips.NOTHING or not constants["LOAD"]:
+    for variant in moves.STRIPS.variants:
+        constants = moves.STRIPS.constants(variant)
+        if constants["STORE"] == moves.NOTHING or not constants["LOAD"]:
             continue
         if constants["EVICT_LOADS"] or constants["EVICT_STORES"]:
             continue
-        lines = build.load(strips.STRIPS, "cpu-traced", defines=variant).trace(
+        lines = build.load(moves.STRIPS, "cpu-traced", defines=variant).trace(
             *random_data(shape, seed=0), shape
         )
         stores = [line for line in lines if (line.space, line.op) == ("global", "store")]
         touched = sum(line.sectors for line in stores) / (shape.outputs / 8)
         requests = sum(line.requests for line in stores)
-        rows.append((strips.describe(variant), f"{requests:,}", f"{touched:.2f}"))
+        rows.append((moves.describe(variant), f"{requests:,}", f"{touched:.2f}"))
     return table((f"{shape}", "requests", "sectors touched, of whole ones"), rows)
 
 
-def writing(path: Path = strips.RECORD) -> Picture | Markdown:
+def writing(path: Path = moves.RECORD) -> Picture | Markdown:
     """The record of `asymconv strips` as a figure, or that it was not taken yet."""
     return figure(plots.writing(record.load(path))) if path.exists() else _not_taken("strips")
 

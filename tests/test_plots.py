@@ -51,7 +51,9 @@ def test_the_readmes_table_is_what_the_record_gives() -> None:
 
 
 def test_the_same_bytes_in_another_process() -> None:
-    code = "from asymconv.plots import *; print(svg(ladder(records.load())), end='')"
+    code = (
+        "from asymconv import plots, record; print(plots.svg(plots.ladder(record.load())), end='')"
+    )
     texts = []
     for seed in ("1", "2"):
         done = subprocess.run(
@@ -296,13 +298,13 @@ def test_series_become_figures_once_they_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(asymmetry, "RECORD", tmp_path / "none.json")
-    assert plots.figures_of_series() == {}
+    assert plots.figures_measured() == {}
     path = tmp_path / "a.json"
     chosen = [asymmetry.get_series(name) for name in ("aspect", "orientation")]
     asymmetry.save({series.name: measured_sample(series) for series in chosen}, path)
     monkeypatch.setattr(asymmetry, "RECORD", path)
     load = asymmetry.load
     monkeypatch.setattr(asymmetry, "load", lambda: load(path))
-    assert list(plots.figures_of_series()) == ["asymmetry_aspect"]
+    assert list(plots.figures_measured()) == ["asymmetry_aspect"]
     names = {p.name for p in plots.draw_all(tmp_path / "drawn")}
     assert "asymmetry_aspect.svg" in names
