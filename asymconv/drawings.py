@@ -227,3 +227,46 @@ def row_starts(shape: ConvShape, rows: int = 5, sectors: int = 5, sector: int = 
         _write(axes, x + 150, 26 * rows + 12, "left to the strip before", color="#3A6EA5")
         _write(axes, x + 290, 26 * rows + 12, "this strip's, whole sectors", color="#9A6A10")
     return figure
+
+
+FIELDS = {"sign": "#F6D8AE", "exponent": INPUT, "behind the point": "#CFE3C2", "not there": "white"}
+
+FORMATS: tuple[tuple[str, tuple[int, int, int], str], ...] = (
+    ("fp32", (1, 8, 23), "24 significant bits"),
+    ("TF32", (1, 8, 10), "11, in 32 bits of memory"),
+    ("fp16", (1, 5, 10), "11, from 2⁻¹⁴ to 65504"),
+    ("bf16", (1, 8, 7), "8"),
+    ("fp16 hi", (1, 5, 10), "hi + lo / 2¹¹: 22"),
+    ("fp16 lo", (1, 5, 10), ""),
+)
+"""Name; bits of sign, of exponent, behind the binary point; what it comes to."""
+
+
+def formats() -> Figure:
+    """Bits of the formats that operands are rounded to, one box a bit."""
+    box, step, left = 11.6, 27.0, 78.0
+    with style():
+        figure, axes = canvas(
+            step * len(FORMATS) + 34,
+            "TF32 has fp16's bits behind the point, and fp32's range",
+            "One box is one bit; the leading 1 of a number is not stored.",
+            ["IEEE 754 for fp32 and fp16; bf16 and TF32 as PTX ISA 9.7.9 has them"],
+        )
+        for index, (name, bits, comes_to) in enumerate(FORMATS):
+            y = step * (len(FORMATS) - index) + 4
+            at = {"va": "baseline", "fontsize": TEXT_SIZE}
+            axes.text(left - 10, y + 3, name, ha="right", fontweight="bold", **at)
+            x = left
+            dropped = 32 - sum(bits) if name == "TF32" else 0
+            for field, count in zip(FIELDS, (*bits, dropped), strict=True):
+                for _ in range(count):
+                    edge = {"facecolor": FIELDS[field], "edgecolor": SOFT, "linewidth": 0.6}
+                    axes.add_patch(Rectangle((x, y), box - 1, 13, **edge))
+                    x += box
+            axes.text(left + 32 * box + 10, y + 3, comes_to, color=SOFT, **at)
+        x = left
+        for field, face in FIELDS.items():
+            axes.add_patch(Rectangle((x, 4), 11, 11, facecolor=face, edgecolor=SOFT, linewidth=0.6))
+            axes.text(x + 16, 6, field, va="baseline", fontsize=SMALL_SIZE, color=SOFT)
+            x += 42 + 5.4 * len(field)
+    return figure

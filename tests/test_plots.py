@@ -308,3 +308,11 @@ def test_series_become_figures_once_they_are_measured(
     assert list(plots.figures_measured()) == ["asymmetry_aspect"]
     names = {p.name for p in plots.draw_all(tmp_path / "drawn")}
     assert "asymmetry_aspect.svg" in names
+
+
+def test_formats_have_as_many_boxes_as_bits() -> None:
+    [axes] = drawings.formats().axes
+    legend = len(drawings.FIELDS)
+    dropped = 32 - sum(drawings.FORMATS[1][1])  # TF32 takes a word of memory
+    bits = sum(sum(bits) for _, bits, _ in drawings.FORMATS)
+    assert len(axes.patches) == bits + dropped + legend
