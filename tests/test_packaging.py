@@ -8,8 +8,10 @@ import sys
 import tomllib
 from pathlib import Path
 
+import typer
 import yaml
 
+from asymconv.cli import app
 from asymconv.kernels import CANDIDATES, RUNGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +37,17 @@ def test_readme_lines_are_complete() -> None:
         assert "\n" not in line and line.startswith("python3 -m venv .venv && ")
         assert "pip install" in line and command in line
     assert "test-line" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_readme_names_commands_notebooks_and_files_that_there_are() -> None:
+    readme = (ROOT / "README.md").read_text()
+    commands = typer.main.get_command(app).commands
+    named = set(re.findall(r"`asymconv ([a-z]+)", readme))
+    assert named and named <= set(commands)
+    linked = re.findall(r"\]\(((?:notebooks|figures|tests)/[^)]+)\)", readme)
+    assert {f"notebooks/{p.name}" for p in (ROOT / "notebooks").glob("*.ipynb")} <= set(linked)
+    for path in (*linked, *re.findall(r"`((?:asymconv|tests)/[\w/]+\.py)`", readme)):
+        assert (ROOT / path).exists(), path
 
 
 def test_rungs_are_numbered_in_order_and_named_as_their_files() -> None:
