@@ -1,4 +1,4 @@
-"""What the candidates for k07 and k08 share: everything but the products.
+"""What k07 and k08 share: everything but the products.
 
 A block keeps the weights of its filters in registers and walks down a strip of 128 columns. Rows of
 input come by bulk copies, are converted to fp16 and stand in a ring; rows of output leave by bulk

@@ -1,4 +1,4 @@
-"""k08, candidate: the same rows at fp32-class accuracy, each value as two halves.
+"""k08: the same rows at fp32-class accuracy, each value as two halves.
 
 What k07 is limited by: memory; and its operands have 11 bits.
 
