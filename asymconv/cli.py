@@ -256,6 +256,9 @@ def accuracy(record: WriteRecord = False, output: RecordPath = None) -> None:
     from asymconv import accuracy as errors
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = output or errors.RECORD
+    if record and device == "cpu" and path.exists() and errors.load(path).made["device"] != "CPU":
+        raise _fail(f"{path} holds errors of a GPU, which would be lost: give another --output")
     with console.status("computing") as status:
         result = errors.measure(device, say=status.update)
     table = Table("method", "on", "‖y − ref‖ / ‖ref‖", title=f"Errors on {result.shape}")
@@ -263,7 +266,6 @@ def accuracy(record: WriteRecord = False, output: RecordPath = None) -> None:
         table.add_row(method.name, method.where, f"{method.error:.2e}")
     console.print(table)
     if record:
-        path = output or errors.RECORD
         result.save(path)
         console.print(f"record: {path}", soft_wrap=True)
 

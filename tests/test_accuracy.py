@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -202,7 +203,12 @@ def test_the_command_needs_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = CliRunner().invoke(app, ["accuracy", "--record", "--output", str(path)])
     assert result.exit_code == 0, result.output
-    assert accuracy.load(path)["k05"].where == "CPU backend"
+    of = accuracy.load(path)
+    assert of["k05"].where == "CPU backend"
+    replace(of, made={**of.made, "device": "a GPU"}).save(path)
+    result = CliRunner().invoke(app, ["accuracy", "--record", "--output", str(path)])
+    assert result.exit_code == 1
+    assert "would be lost" in result.output
 
 
 @gpu

@@ -181,6 +181,17 @@ def test_the_range_of_fp32_is_kept(rung: Rung, case: str, backend: str) -> None:
     assert accuracy.worst(y, x, weight, shape) <= allowed
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rung", CANDIDATES, ids=lambda r: r.name)
+def test_dark_columns_beside_bright_ones(rung: Rung, backend: str) -> None:
+    """Runs are 4 pixels: between bright columns 5 apart one is dark, and its row goes to fp32."""
+    shape = accuracy.RANGE_SHAPE
+    x, weight, _ = random_data(shape, device_of(backend), seed=6)
+    x[..., ::5] *= 1e9
+    y = build.load(rung, backend)(x, weight, None, shape)
+    assert accuracy.worst(y, x, weight, shape) <= 1e-6
+
+
 @gpu
 @pytest.mark.parametrize("rung", TENSOR_CORES, ids=lambda r: r.name)
 def test_capture_in_a_cuda_graph(rung: Rung) -> None:

@@ -234,8 +234,7 @@ __device__ __forceinline__ __half2 lo_of(float a, float b, __half2 hi) {
 // Converts 16 channels of a row, from channel0 on, to hi or to lo halves. A lane takes 8 channels
 // of a pixel at a time (4, where it also has to find out where a channel's row begins): neighbours
 // read neighbouring words, and write 8 different chunks, any 8 of them. Whether fp16 holds a run,
-// 32 pixels of a channel or 16 of those right of the strip, is asked only if not every value by
-// itself is good.
+// 4 pixels of a channel, is asked only if not every value by itself is good.
 template <bool WIDE, int HALF>
 __device__ __forceinline__ bool convert(const unsigned char* landing, unsigned char* ring,
                                         int channel0, const Window& at, const Conv& c,
@@ -281,7 +280,7 @@ __device__ __forceinline__ bool convert(const unsigned char* landing, unsigned c
     #pragma unroll 1
     for (int i = 0; i < DEEP; ++i) {
       unsigned run = magnitude(value(i));
-      for (int lanes = 1; lanes < (halo ? 16 : 32); lanes *= 2) {
+      for (int lanes = 1; lanes < 4; lanes *= 2) {
         run = max(run, __shfl_xor_sync(0xffffffffu, run, lanes));
       }
       good = good && range.holds(run);
