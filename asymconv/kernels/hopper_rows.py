@@ -48,6 +48,7 @@ constexpr int PIXEL = CHANNELS * 2, RING_ROW = RING_W * PIXEL, RING_HALF = RING 
 static_assert(RING_ROW % 1024 == 0, "a ring row starts a group of 8 swizzled rows");
 static_assert(RING_W >= 3 + PRODUCT_W + S - 1, "a tap's window lies in the ring row");
 static_assert(RING >= R + 1, "a row is filled while three are read");
+constexpr bool COMPLETES = HALVES == 1;  // see Plan; two halves have no registers for it
 constexpr int ROUND = 2 * RING;  // rows after which slots and parities of barriers repeat
 
 // Staging: a row of outputs of each filter, from a whole sector on. 8 words further in their banks
@@ -115,6 +116,11 @@ __device__ __forceinline__ int thread_again() {
 struct Plan {
   int strips, parts, rows, items;  // rows: of a part
   long long values;                // of x
+  int load_w;                      // columns of a row that are fetched
+  // Rows of x are whole strips and follow each other: what stands right of the last strip is the
+  // next row's begin. So the last strip computes the next row's first outputs as well, and
+  // completes the sector in which a row ends and the next begins.
+  bool completes;
 };
 struct Item {
   int n, oh0, rows, ow0;
@@ -141,6 +147,11 @@ static Plan plan_for(const Conv& c, int blocks) {
       least = cost;
       best = {strips, real, rows, (int)items, (long long)c.N * c.C * c.H * c.W};
     }
+  }
+  best.load_w = RING_W;
+  if (c.W % 4 == 0 && c.OW % 2 == 0 && c.pad_w % 4 == 0 && ALIGN == 8) {
+    best.load_w = TILE_W + 6 + S - 1;  // an even row begins 6 columns before a sector, at most
+    best.completes = COMPLETES && ALIGN == 8 && c.W % TILE_W == 0 && c.pad_w == 0 && c.pad_h == 0;
   }
   return best;
 }
@@ -178,7 +189,9 @@ struct Window {
     const Item at = item_at(cursor.item, plan, c);
     const int ih = at.oh0 - c.pad_h + cursor.row, iw = (at.ow0 - c.pad_w) & ~3;
     before = max(-iw, 0);
-    count = (unsigned)ih < (unsigned)c.H ? max(0, min(iw + RING_W, c.W) - (iw + before)) : 0;
+    const int end = COMPLETES && plan.completes && ih + 1 < c.H ? INT_MAX : c.W;
+    const int width = COMPLETES ? plan.load_w : RING_W;
+    count = (unsigned)ih < (unsigned)c.H ? max(0, min(iw + width, end) - (iw + before)) : 0;
     first = x + ((long long)at.n * c.C * c.H + ih) * c.W + iw + before;  // not read if count is 0
   }
 };
@@ -460,7 +473,8 @@ struct Out {
   int plane;      // floats from a filter to the next; an image has less than 2^31
   int filters;    // of the block's that there are
   int columns;    // of the strip's and its right neighbours' that there are
-  bool leftmost;  // no strip on the left
+  bool leftmost;  // no strip on the left writes the columns up to the first aligned one
+  bool completes;  // the next row's, which follow this one's
 };
 
 // Where a row of an item is to go. Worked out anew each time: registers are needed for weights and
@@ -470,7 +484,8 @@ __device__ __forceinline__ Out out_row(int item, int row, float* y, const Conv& 
   const Item at = item_at(item, plan, c);
   const int k0 = opaque(blockIdx.x) % blocks_k * BLOCK_K;
   return {y + (((long long)at.n * c.K + k0) * c.OH + at.oh0 + row) * c.OW + at.ow0, c.OH * c.OW,
-          c.K - k0, c.OW - at.ow0, at.ow0 == 0};
+          c.K - k0, c.OW - at.ow0, at.ow0 == 0 && !(COMPLETES && plan.completes && at.oh0 + row > 0),
+          COMPLETES && plan.completes && at.ow0 + TILE_W >= c.OW && at.oh0 + row + 1 < c.OH};
 }
 
 // Finishes a warp's 8 filters from k on of one output row and puts them into shared memory, each
@@ -489,7 +504,11 @@ __device__ __forceinline__ void stage(const Sums& sum, int eight, int k, int lan
     const float v0 = fmaf(sum[4 * j + eight * 2], factor, bias);
     const float v1 = fmaf(sum[4 * j + eight * 2 + 1], factor, bias);
     if (EVEN) {
-      if (j > 0 || column >= skip) *reinterpret_cast<float2*>(to + 8 * j) = make_float2(v0, v1);
+      // a strip that completes the next row has its begin S - 1 columns further right
+      const bool completes = COMPLETES && out.completes;
+      if (j == TILE_W / 8 - 1 && completes && column == 6) continue;
+      float* const two = j == TILE_W / 8 && completes ? to - (S - 1) : to;
+      if (j > 0 || column >= skip) *reinterpret_cast<float2*>(two + 8 * j) = make_float2(v0, v1);
     } else {
       if (j > 0 || column >= skip) to[8 * j] = v0;
       if (j > 0 || column + 1 >= skip) to[8 * j + 1] = v1;
@@ -510,7 +529,10 @@ __device__ __forceinline__ void send(int k, int lane, const Out& out,
   k += lane;
   if (lane < 16 && k < out.filters) {
     float* const row = out.first + (long long)k * out.plane;
-    const int skip = columns_to_aligned(row), count = min(out.columns - skip, TILE_W);
+    const int skip = columns_to_aligned(row);
+    const int count = out.completes
+                          ? out.columns - skip + columns_to_aligned(row + out.columns)
+                          : min(out.columns - skip, TILE_W);
     const float* const from = reinterpret_cast<const float*>(staging + k * STAGING_PITCH);
     if (count >= 4) {
       if (EVICT_STORES) {
@@ -536,7 +558,9 @@ __device__ __forceinline__ void compute_in_fp32(const float* __restrict__ x,
     #pragma unroll 1
     for (int i = 0; i < c.C * TAPS; ++i) {
       const int channel = i / TAPS, tap = i % TAPS;
-      const int ih = oh - c.pad_h + tap / S, iw = ow0 - c.pad_w + tap % S + column;
+      const int next = out.completes && column >= out.columns + S - 1;  // the next row
+      const int ih = oh - c.pad_h + tap / S + next;
+      const int iw = (next ? -out.columns - (S - 1) : ow0 - c.pad_w) + tap % S + column;
       const bool inside = (unsigned)ih < (unsigned)c.H && (unsigned)iw < (unsigned)c.W;
       const float value =
           inside ? __ldg(x + (((long long)n * c.C + channel) * c.H + ih) * c.W + iw) : 0.0f;
@@ -553,6 +577,11 @@ __device__ __forceinline__ void compute_in_fp32(const float* __restrict__ x,
       const int skip = columns_to_aligned(row);
       const int begin = out.leftmost ? 0 : skip, end = min(skip + TILE_W, out.columns);
       if (column >= begin && column < end) row[column] = sum[k] + biases[k0 + k];
+      if (!out.completes || column < out.columns + S - 1) continue;
+      const int first = column - (out.columns + S - 1);  // of the next row
+      if (first < columns_to_aligned(row + out.columns)) {
+        row[out.columns + first] = sum[k] + biases[k0 + k];
+      }
     }
   }
 }
