@@ -74,6 +74,7 @@ constexpr int REDO_FILTERS = 4;     // that a warp computes again at once
 constexpr int ITEMS_UNDER_WAY = 4;  // producers are RING rows ahead at most, items have 3 or more
 struct RingState {
   unsigned long long full[RING], empty[RING], landed[PRODUCERS / 32][LANDINGS][COMINGS];
+  unsigned long long turn[2];  // of a warpgroup to multiply
   BadRows bad[ITEMS_UNDER_WAY];
   int weights_bad;
   float bias[BLOCK_K];
@@ -88,6 +89,7 @@ struct RingState {
     for (int i = 0; i < PRODUCERS / 32 * LANDINGS * COMINGS; ++i) {
       mbarrier_init(shared_address(&landed[0][0][0] + i), COMING);
     }
+    for (int i = 0; i < 2; ++i) mbarrier_init(shared_address(&turn[i]), CONSUMERS / 64);
     for (int i = 0; i < ITEMS_UNDER_WAY; ++i) bad[i] = {INT_MAX, -1};
     weights_bad = 0;
   }
@@ -463,6 +465,17 @@ __device__ __forceinline__ void wait_for_row(RingState* state, int q) {
 }
 __device__ __forceinline__ void release_row(RingState* state, int q) {
   warp_arrives(&state->empty[q % RING]);
+}
+
+// The two warpgroups multiply in turns, so that one multiplies while the other finishes its row. In
+// step they would share the tensor cores first and leave them idle then. q: the first of the ring's
+// rows; an item moves it on by its rows and two, so that each turn changes its parity.
+__device__ __forceinline__ void take_turn(RingState* state, int q) {
+  const int second = thread_again() / 128;
+  mbarrier_wait(shared_address(&state->turn[second]), (q ^ second ^ 1) & 1);
+}
+__device__ __forceinline__ void pass_turn(RingState* state) {
+  warp_arrives(&state->turn[thread_again() / 128 ^ 1]);
 }
 
 // Sums of 64 filters by 136 columns over a warpgroup's threads, as wgmma_m64n136k16_f16_ra does.

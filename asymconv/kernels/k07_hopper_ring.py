@@ -90,7 +90,6 @@ __device__ __forceinline__ void multiply(Sums& sum, const Weights& a, unsigned r
     }
   }
   wgmma_commit();
-  wgmma_wait<0>();
 }
 
 template <bool EVEN>
@@ -116,8 +115,11 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
     for (; at / ROUND < item_at(item, plan, c).rows; at += ROUND) {
       const int q = at % ROUND + at / ROUND;
       wait_for_row(state, q + 2);
+      take_turn(state, q);
       Sums sum;
       multiply(sum, a, ring, q, (unsigned)-c.pad_w & 3);  // strips start on 16 bytes
+      pass_turn(state);
+      wgmma_wait<0>();
       release_row(state, q);
       const Out out = out_row(item, at / ROUND, y, c, plan, blocks_k);
       const int thread = thread_again(), lane = thread % 32, k = thread / 32 * 16;
