@@ -27,7 +27,7 @@ static_assert(ALIGN == 4 || ALIGN == 8, "bulk copies need 16 bytes, whole sector
 constexpr int CONSUMERS = 2 * 128, PRODUCERS = PRODUCER_WARPS * 32;
 constexpr int THREADS = CONSUMERS + PRODUCERS;
 constexpr int LAUNCH_REGISTERS = PRODUCER_WARPS == 2 ? 200 : 168;
-constexpr int CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = PRODUCER_WARPS == 2 ? 40 : 24;
+constexpr int CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 24;
 static_assert(LAUNCH_REGISTERS * THREADS <= 65536, "a block has an SM's registers");
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
                   THREADS * LAUNCH_REGISTERS,
@@ -246,62 +246,84 @@ __device__ __forceinline__ __half2 lo_of(float a, float b, __half2 hi) {
   return __floats2half2_rn(LO_SCALE * (a - __low2float(hi)), LO_SCALE * (b - __high2float(hi)));
 }
 
-// Converts 16 channels of a row, from channel0 on, to hi or to lo halves. A lane takes 8 channels
-// of a pixel at a time (4, where it also has to find out where a channel's row begins): neighbours
-// read neighbouring words, and write 8 different chunks, any 8 of them. Whether fp16 holds a run,
-// 4 pixels of a channel, is asked only if not every value by itself is good.
-template <bool WIDE, int HALF>
+// Converts two runs, the same 4 pixels of two channels, and says whether fp16 holds them. So a load
+// of 16 bytes brings a run, whose largest magnitude no other lane has to know, and two channels of a
+// pixel are a store. `to`: bytes from the ring row's start to the first pixel's place. WHOLE: the
+// image has them all; otherwise it has `there` of the pixels, or more.
+template <bool WIDE, bool WHOLE>
+__device__ __forceinline__ void convert_runs(const float* from, unsigned char* ring, int to,
+                                             int channel, int there, const Window& at,
+                                             const Conv& c, float factor, HalfRuns& seen) {
+  float v[2][4];
+  #pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float* const run = from + i * (LANDING_PITCH / 4);
+    const int count = WHOLE ? 4 : channel + i < c.C ? there : 0;
+    if (WIDE) {
+      const float4 four = *reinterpret_cast<const float4*>(run);
+      v[i][0] = count > 0 ? four.x : 0.0f;
+      v[i][1] = count > 0 ? four.y : 0.0f;
+      v[i][2] = count > 0 ? four.z : 0.0f;
+      v[i][3] = count > 0 ? four.w : 0.0f;
+    } else {
+      // where the channel's row begins within 16 bytes of memory; only the last bits count
+      const int lead = past_16_bytes(at.first) + (channel + i) * c.H * c.W & 3;
+      #pragma unroll
+      for (int j = 0; j < 4; ++j) v[i][j] = j < count ? run[lead + j] : 0.0f;
+    }
+    seen.look_at(larger_magnitude(larger_magnitude(v[i][0], v[i][1]),
+                                  larger_magnitude(v[i][2], v[i][3])));
+  }
+  #pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float v0 = factor * v[0][j], v1 = factor * v[1][j];
+    const __half2 hi = hi_of(v0, v1);
+    // a pixel further on, the swizzle takes a chunk's place from p % 8 = 0 or 4 to 1 .. 3 from it
+    __half2* const place = reinterpret_cast<__half2*>(ring + (to ^ j << 4) + j * PIXEL);
+    *place = hi;
+    if (HALVES == 2) place[RING_HALF / 4] = lo_of(v0, v1, hi);
+  }
+}
+
+// Converts 16 channels of a row, from channel0 on, and says whether fp16 holds them.
+template <bool WIDE>
 __device__ __forceinline__ bool convert(const unsigned char* landing, unsigned char* ring,
                                         int channel0, const Window& at, const Conv& c,
                                         int scale) {
-  constexpr int DEEP = WIDE ? 8 : 4;  // a unit: so many channels of 32 pixels
-  constexpr int DEPTHS = COMING / DEEP, WIDTHS = TILE_W / 32;
-  using Chunk = std::conditional_t<WIDE, uint4, uint2>;
-  const int lane = threadIdx.x % 32;
+  constexpr int HALO = RING_W - TILE_W;
+  static_assert(TILE_W % 32 == 0 && HALO * COMING == 32 * 8, "a lane has two runs at a time");
   const float factor = power_of_two(opaque(scale));
-  const HalfRange range(opaque(scale));
-  bool good = true;
-  #pragma unroll 1
-  for (int unit = 0; unit < DEPTHS * WIDTHS + DEPTHS / 2; ++unit) {
-    const bool halo = unit >= DEPTHS * WIDTHS;
-    const int pixel = halo ? TILE_W + lane % 16 : unit % WIDTHS * 32 + lane;
-    const int depth = (halo ? (unit - DEPTHS * WIDTHS) * 2 + lane / 16 : unit / WIDTHS) * DEEP;
-    const bool inside = (unsigned)(pixel - at.before) < (unsigned)at.count;
-    const int channels = inside ? c.C - channel0 - depth : 0;
-    const float* const from = reinterpret_cast<const float*>(landing + depth * LANDING_PITCH) +
-                              pixel - (WIDE ? 0 : at.before & 3);
-    const int phase = past_16_bytes(at.first) + (channel0 + depth) * c.H * c.W;
-    const auto value = [&](int i) {
-      // where the channel's row begins within 16 bytes of memory; only the last bits count
-      const int lead = WIDE ? 0 : (phase + i * c.H * c.W) & 3;
-      return i < channels ? from[i * (LANDING_PITCH / 4) + lead] : 0.0f;
-    };
-    unsigned char* const to =
-        ring + in_row(pixel, (channel0 + depth) / 8) + (channel0 + depth) % 8 * 2;
-    bool all = true;
-    alignas(16) __half2 chunk[DEEP / 2];
+  HalfRuns seen;
+  const auto place = [&](int pixel, int depth) {
+    return in_row(pixel, (channel0 + depth) / 8) + depth % 8 * 2;
+  };
+  const auto from = [&](int pixel, int depth) {
+    return reinterpret_cast<const float*>(landing + depth * LANDING_PITCH) + pixel;
+  };
+  const auto part = [&](int pixel, int depth) {  // of a row that begins or ends in it
+    const int there = pixel >= at.before ? at.count - (pixel - at.before) : 0;
+    convert_runs<WIDE, false>(from(pixel, depth), ring, place(pixel, depth),
+                                     channel0 + depth, there, at, c, factor, seen);
+  };
+  const unsigned lane = (unsigned)thread_again() % 32, pixel = lane % 8 * 4, depth = lane / 8 * 2;
+  if (WIDE && at.before == 0 && at.count >= TILE_W && channel0 + COMING <= c.C) {
+    const int to = place(pixel, depth);
     #pragma unroll
-    for (int i = 0; i < DEEP / 2; ++i) {
-      const float v0 = value(2 * i), v1 = value(2 * i + 1);
-      chunk[i] = hi_of(factor * v0, factor * v1);
-      if (HALF == 0) {
-        all = all && range.holds(magnitude(v0)) && range.holds(magnitude(v1));
-      } else {
-        chunk[i] = lo_of(factor * v0, factor * v1, chunk[i]);
+    for (int eight = 0; eight < COMING; eight += 8) {
+      #pragma unroll
+      for (int next = 0; next < TILE_W; next += 32) {
+        convert_runs<WIDE, true>(from(pixel, depth) + eight * (LANDING_PITCH / 4) + next, ring + next * PIXEL, to ^ eight * 2, 0, 4,
+                                         at, c, factor, seen);
       }
     }
-    *reinterpret_cast<Chunk*>(to + HALF * RING_HALF) = *reinterpret_cast<const Chunk*>(chunk);
-    if (__all_sync(0xffffffffu, all)) continue;
+  } else {
     #pragma unroll 1
-    for (int i = 0; i < DEEP; ++i) {
-      unsigned run = magnitude(value(i));
-      for (int lanes = 1; lanes < 4; lanes *= 2) {
-        run = max(run, __shfl_xor_sync(0xffffffffu, run, lanes));
-      }
-      good = good && range.holds(run);
+    for (int next = 0; next < TILE_W * (COMING / 8); next += 32) {
+      part(pixel + next % TILE_W, depth + next / TILE_W * 8);
     }
   }
-  return good;
+  part(TILE_W + lane % 4 * 4, lane / 4 * 2);
+  return HalfRange(opaque(scale)).holds(seen);
 }
 
 template <bool WIDE>
@@ -336,7 +358,7 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
     #pragma unroll 1
     for (int coming = 0; coming < COMINGS; ++coming) {
       mbarrier_wait(shared_address(&state->landed[warp][place][coming]), q / LANDINGS & 1);
-      const bool good = convert<WIDE, 0>(landing(place, coming),
+      const bool good = convert<WIDE>(landing(place, coming),
                                          shared + RING_AT + slot * RING_ROW,
                                          warp * WARP_CHANNELS + coming * COMING,
                                          Window(x, c, plan, now), c, scale);
@@ -344,10 +366,6 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
         BadRows& bad = state->bad[under_way(now.item, blocks_k)];
         atomicMin(&bad.first, now.row);
         atomicMax(&bad.last, now.row);
-      }
-      if (HALVES == 2) {
-        convert<WIDE, 1>(landing(place, coming), shared + RING_AT + slot * RING_ROW,
-                         warp * WARP_CHANNELS + coming * COMING, Window(x, c, plan, now), c, scale);
       }
       fence_async_proxy();
       __syncwarp();

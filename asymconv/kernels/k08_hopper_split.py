@@ -140,13 +140,8 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
       const int q = at % ROUND + at / ROUND;
       wait_for_row(state, q + 2);
       Sums sum;
-      take_turn(state, q);
       multiply(sum, a, ring + thread_again() / 128 * CHANNELS, q, (unsigned)-c.pad_w & 3);
-      __syncwarp();
-      if (thread_again() % 32 == 0) {
-        mbarrier_arrive(shared_address(&state->turn[thread_again() / 128 ^ 1]));
-        mbarrier_arrive(shared_address(&state->empty[q % RING]));
-      }
+      release_row(state, q);
       const int pair = thread_again() / 32 % 4;
       if (thread_again() < 128) {
         mbarrier_wait(shared_address(&state->taken[pair]), q & 1 ^ 1);
