@@ -225,11 +225,11 @@ __device__ __forceinline__ void load_unit(float (&v)[8][4], const float* __restr
 __device__ __forceinline__ bool convert_unit(char* to, const float (&v)[8][4], int u, int half,
                                              bool there, float scale,
                                              const HalfRange& range) {
-  bool holds = true;
+  HalfRuns seen;
   #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    holds = holds && range.holds(max(max(magnitude(v[i][0]), magnitude(v[i][1])),
-                                     max(magnitude(v[i][2]), magnitude(v[i][3]))));
+    seen.look_at(larger_magnitude(larger_magnitude(v[i][0], v[i][1]),
+                                  larger_magnitude(v[i][2], v[i][3])));
   }
   unsigned pixel[4][4];
   #pragma unroll
@@ -259,7 +259,7 @@ __device__ __forceinline__ bool convert_unit(char* to, const float (&v)[8][4], i
           make_uint4(pixel[p][0], pixel[p][1], pixel[p][2], pixel[p][3]);
     }
   }
-  return holds;
+  return range.holds(seen);
 }
 
 // ---- weights
