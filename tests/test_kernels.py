@@ -130,7 +130,7 @@ def test_a_removed_barrier_is_found() -> None:
         ),
         ("      wait_for_row(state, q + 2);\n", "race"),
         ("      bulk_wait_read();  // the row before has left\n", "race"),
-        ("      fence_async_proxy();\n", "no fence.proxy.async"),
+        ("    fence_async_proxy();\n", "no fence.proxy.async"),
         ("  wgmma_wait<0>();\n", "exits without having waited for its wgmma"),
     ],
     ids=["empty", "full", "staging", "proxy fence", "wgmma wait"],

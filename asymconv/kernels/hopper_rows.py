@@ -23,11 +23,9 @@ constexpr int CHANNELS = 64, R = 3, S = 3, TAPS = R * S, PARTS = CHANNELS / 16;
 constexpr int TILE_W = 128, PRODUCT_W = TILE_W + 8;
 static_assert(ALIGN == 4 || ALIGN == 8, "bulk copies need 16 bytes, whole sectors 32");
 
-// Two warpgroups multiply and store; four warps fetch and convert, or two with more registers.
-constexpr int CONSUMERS = 2 * 128, PRODUCERS = PRODUCER_WARPS * 32;
-constexpr int THREADS = CONSUMERS + PRODUCERS;
-constexpr int LAUNCH_REGISTERS = PRODUCER_WARPS == 2 ? 200 : 168;
-constexpr int CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 24;
+// Two warpgroups multiply and store; one fetches and converts.
+constexpr int CONSUMERS = 2 * 128, PRODUCERS = 128, THREADS = CONSUMERS + PRODUCERS;
+constexpr int LAUNCH_REGISTERS = 168, CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 24;
 static_assert(LAUNCH_REGISTERS * THREADS <= 65536, "a block has an SM's registers");
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
                   THREADS * LAUNCH_REGISTERS,
@@ -35,12 +33,9 @@ static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
 
 // Shared memory, in bytes. Landing: rows of fp32 as they come from memory, a channel of the window
 // 144 pixels and, where rows begin anywhere within 16 bytes, up to 3 before it. Each warp of the
-// producers has channels and LANDINGS rows for itself. 16 channels come at a time: while others are
-// converted, the next row's are on their way.
-constexpr int RING_W = 144, WARP_CHANNELS = CHANNELS / PRODUCER_WARPS;
-constexpr int COMING = 16, COMINGS = WARP_CHANNELS / COMING;
+// producers has 16 channels and LANDINGS rows for itself.
+constexpr int RING_W = 144, WARP_CHANNELS = CHANNELS / (PRODUCERS / 32);
 constexpr int LANDING_PITCH = (RING_W + 4) * 4, LANDING = WARP_CHANNELS * LANDING_PITCH;
-static_assert(PRODUCERS / 32 * WARP_CHANNELS == CHANNELS, "every channel has its warp");
 
 // Ring: rows of fp16. A pixel is a row of 64 channels, 128 bytes in 8 chunks of 16, chunk i of
 // pixel p at place i ^ (p % 8) (the 128-byte swizzle). The lo halves follow all of the hi.
@@ -73,8 +68,7 @@ struct BadRows {
 constexpr int REDO_FILTERS = 4;     // that a warp computes again at once
 constexpr int ITEMS_UNDER_WAY = 4;  // producers are RING rows ahead at most, items have 3 or more
 struct RingState {
-  unsigned long long full[RING], empty[RING], landed[PRODUCERS / 32][LANDINGS][COMINGS];
-  unsigned long long turn[2];  // of a warpgroup to multiply
+  unsigned long long full[RING], empty[RING], landed[PRODUCERS / 32][LANDINGS];
   BadRows bad[ITEMS_UNDER_WAY];
   int weights_bad;
   float bias[BLOCK_K];
@@ -86,10 +80,9 @@ struct RingState {
       mbarrier_init(shared_address(&full[i]), PRODUCERS / 32);
       mbarrier_init(shared_address(&empty[i]), CONSUMERS / 32);
     }
-    for (int i = 0; i < PRODUCERS / 32 * LANDINGS * COMINGS; ++i) {
-      mbarrier_init(shared_address(&landed[0][0][0] + i), COMING);
+    for (int i = 0; i < PRODUCERS / 32 * LANDINGS; ++i) {
+      mbarrier_init(shared_address(&landed[0][0] + i), WARP_CHANNELS);
     }
-    for (int i = 0; i < 2; ++i) mbarrier_init(shared_address(&turn[i]), CONSUMERS / 64);
     for (int i = 0; i < ITEMS_UNDER_WAY; ++i) bad[i] = {INT_MAX, -1};
     weights_bad = 0;
   }
@@ -203,21 +196,21 @@ __device__ __forceinline__ int past_16_bytes(const float* p) {
   return (int)((unsigned long long)p >> 2 & 3);
 }
 
-// Starts the copies of 16 channels of a row, one a lane. WIDE: every piece starts and ends on 16
-// bytes. Otherwise the 16-byte pieces that hold it are copied; two of them may reach beyond the
+// Starts the copies of a warp's channels of a row, one a lane. WIDE: every piece starts and ends on
+// 16 bytes. Otherwise the 16-byte pieces that hold it are copied; two of them may reach beyond the
 // tensor, at its very begin and end: those rows are copied by hand.
 template <bool WIDE>
 __device__ __forceinline__ void fetch(unsigned char* landing, unsigned landed, int channel0,
                                       const Window& at, const float* __restrict__ x,
                                       long long values, const Conv& c) {
   const int lane = threadIdx.x % 32;
-  if (lane >= COMING) return;
+  if (lane >= WARP_CHANNELS) return;
   const int channel = opaque(channel0 + lane);
   const int count = channel < c.C ? at.count : 0;
   const float* const from = at.first + (long long)channel * c.H * c.W;
   const int lead = WIDE ? 0 : past_16_bytes(from);
   int bytes = count == 0 ? 0 : WIDE ? count * 4 : (lead + count + 3) / 4 * 16;
-  float* const to = reinterpret_cast<float*>(landing + lane * LANDING_PITCH) + (at.before & ~3);
+  float* const to = reinterpret_cast<float*>(landing + opaque(lane) * LANDING_PITCH) + at.before;
   if (!WIDE && bytes > 0) {
     if (from - lead < x || from - lead + bytes / 4 > x + values) {
       for (int i = 0; i < count; ++i) to[lead + i] = __ldg(from + i);
@@ -246,14 +239,15 @@ __device__ __forceinline__ __half2 lo_of(float a, float b, __half2 hi) {
   return __floats2half2_rn(LO_SCALE * (a - __low2float(hi)), LO_SCALE * (b - __high2float(hi)));
 }
 
-// Converts two runs, the same 4 pixels of two channels, and says whether fp16 holds them. So a load
-// of 16 bytes brings a run, whose largest magnitude no other lane has to know, and two channels of a
-// pixel are a store. `to`: bytes from the ring row's start to the first pixel's place. WHOLE: the
-// image has them all; otherwise it has `there` of the pixels, or more.
+// Converts two runs, the same 4 pixels of two channels: a load of 16 bytes brings a run, whose
+// largest magnitude no other lane has to know, and two channels of a pixel are one store. `to`:
+// bytes from the ring row's start to the first pixel's place. WHOLE: the runs are in the image. Otherwise
+// `there` of their pixels are, or more; and unless WIDE, the first channel's row begins at `phase`
+// floats within 16 bytes of memory, of which only the last bits count.
 template <bool WIDE, bool WHOLE>
 __device__ __forceinline__ void convert_runs(const float* from, unsigned char* ring, int to,
-                                             int channel, int there, const Window& at,
-                                             const Conv& c, float factor, HalfRuns& seen) {
+                                             int channel, int there, int phase, const Conv& c,
+                                             float factor, HalfRuns& seen) {
   float v[2][4];
   #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -266,8 +260,7 @@ __device__ __forceinline__ void convert_runs(const float* from, unsigned char* r
       v[i][2] = count > 0 ? four.z : 0.0f;
       v[i][3] = count > 0 ? four.w : 0.0f;
     } else {
-      // where the channel's row begins within 16 bytes of memory; only the last bits count
-      const int lead = past_16_bytes(at.first) + (channel + i) * c.H * c.W & 3;
+      const int lead = phase + i * c.H * c.W & 3;
       #pragma unroll
       for (int j = 0; j < 4; ++j) v[i][j] = j < count ? run[lead + j] : 0.0f;
     }
@@ -278,51 +271,50 @@ __device__ __forceinline__ void convert_runs(const float* from, unsigned char* r
   for (int j = 0; j < 4; ++j) {
     const float v0 = factor * v[0][j], v1 = factor * v[1][j];
     const __half2 hi = hi_of(v0, v1);
-    // a pixel further on, the swizzle takes a chunk's place from p % 8 = 0 or 4 to 1 .. 3 from it
+    // p % 8 is 0 or 4 for the first pixel, so the swizzle only has to take j in
     __half2* const place = reinterpret_cast<__half2*>(ring + (to ^ j << 4) + j * PIXEL);
     *place = hi;
     if (HALVES == 2) place[RING_HALF / 4] = lo_of(v0, v1, hi);
   }
 }
 
-// Converts 16 channels of a row, from channel0 on, and says whether fp16 holds them.
+// Converts a warp's channels of a row, from channel0 on, and says whether fp16 holds them.
 template <bool WIDE>
 __device__ __forceinline__ bool convert(const unsigned char* landing, unsigned char* ring,
                                         int channel0, const Window& at, const Conv& c,
                                         int scale) {
-  constexpr int HALO = RING_W - TILE_W;
-  static_assert(TILE_W % 32 == 0 && HALO * COMING == 32 * 8, "a lane has two runs at a time");
+  // a unit: 8 channels of 32 pixels, two runs a lane; the last one, all channels of the halo
+  constexpr int ACROSS = TILE_W / 32, UNITS = ACROSS * WARP_CHANNELS / 8;
+  static_assert((RING_W - TILE_W) * WARP_CHANNELS == 32 * 8, "the halo is a unit");
   const float factor = power_of_two(opaque(scale));
   HalfRuns seen;
-  const auto place = [&](int pixel, int depth) {
-    return in_row(pixel, (channel0 + depth) / 8) + depth % 8 * 2;
-  };
+  const int lane = thread_again() & 31;
   const auto from = [&](int pixel, int depth) {
     return reinterpret_cast<const float*>(landing + depth * LANDING_PITCH) + pixel;
   };
-  const auto part = [&](int pixel, int depth) {  // of a row that begins or ends in it
-    const int there = pixel >= at.before ? at.count - (pixel - at.before) : 0;
-    convert_runs<WIDE, false>(from(pixel, depth), ring, place(pixel, depth),
-                                     channel0 + depth, there, at, c, factor, seen);
+  const auto place = [&](int pixel, int depth) {
+    return in_row(pixel, (channel0 + depth) / 8) + (depth & 7) * 2;
   };
-  const unsigned lane = (unsigned)thread_again() % 32, pixel = lane % 8 * 4, depth = lane / 8 * 2;
-  if (WIDE && at.before == 0 && at.count >= TILE_W && channel0 + COMING <= c.C) {
-    const int to = place(pixel, depth);
+  int unit = 0;
+  if (WIDE && at.before == 0 && at.count >= TILE_W && channel0 + WARP_CHANNELS <= c.C) {
+    const int pixel = (lane & 7) * 4, depth = (lane >> 3) * 2, to = place(pixel, depth);
     #pragma unroll
-    for (int eight = 0; eight < COMING; eight += 8) {
-      #pragma unroll
-      for (int next = 0; next < TILE_W; next += 32) {
-        convert_runs<WIDE, true>(from(pixel, depth) + eight * (LANDING_PITCH / 4) + next, ring + next * PIXEL, to ^ eight * 2, 0, 4,
-                                         at, c, factor, seen);
-      }
-    }
-  } else {
-    #pragma unroll 1
-    for (int next = 0; next < TILE_W * (COMING / 8); next += 32) {
-      part(pixel + next % TILE_W, depth + next / TILE_W * 8);
+    for (; unit < UNITS; ++unit) {
+      const int further = unit % ACROSS * 32, eight = unit / ACROSS * 8;
+      convert_runs<WIDE, true>(from(pixel, depth) + eight * (LANDING_PITCH / 4) + further,
+                               ring + further * PIXEL, to ^ eight * 2, 0, 4, 0, c, factor, seen);
     }
   }
-  part(TILE_W + lane % 4 * 4, lane / 4 * 2);
+  #pragma unroll 1
+  for (; unit <= UNITS; ++unit) {
+    const bool halo = unit == UNITS;
+    const int pixel = halo ? TILE_W + (lane & 3) * 4 : (unit & ACROSS - 1) * 32 + (lane & 7) * 4;
+    const int depth = halo ? (lane >> 2) * 2 : unit / ACROSS * 8 + (lane >> 3) * 2;
+    const int channel = channel0 + depth;
+    const int there = pixel >= at.before ? at.count - (pixel - at.before) : 0;
+    convert_runs<WIDE, false>(from(pixel, depth), ring, place(pixel, depth), channel, there,
+                              past_16_bytes(at.first) + channel * c.H * c.W, c, factor, seen);
+  }
   return HalfRange(opaque(scale)).holds(seen);
 }
 
@@ -333,49 +325,40 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
   // shuffled: so the compiler knows that it is the same for a whole warp
   const int warp = __shfl_sync(0xffffffffu, (int)(threadIdx.x - CONSUMERS) / 32, 0);
   unsigned char* const landings = shared + warp * LANDINGS * LANDING;
-  const int item_step = gridDim.x / blocks_k;
-  Cursor now = {(int)blockIdx.x / blocks_k, 0};
-  const auto landing = [&](int place, int coming) {
-    return landings + place * LANDING + coming * COMING * LANDING_PITCH;
-  };
-  const auto fetch_part = [&](const Cursor& row, int place, int coming) {
+  const int channel0 = warp * WARP_CHANNELS, item_step = gridDim.x / blocks_k;
+  const auto fetch_row = [&](const Cursor& row, int place) {
     if (row.item >= plan.items) return;
-    fetch<WIDE>(landing(place, coming), shared_address(&state->landed[warp][place][coming]),
-                warp * WARP_CHANNELS + coming * COMING, Window(x, c, plan, row), x, plan.values, c);
+    fetch<WIDE>(landings + place * LANDING, shared_address(&state->landed[warp][place]), channel0,
+                Window(x, c, plan, row), x, plan.values, c);
   };
+  Cursor now = {(int)blockIdx.x / blocks_k, 0};
   {
-    Cursor row = now;
+    Cursor ahead = now;
     #pragma unroll 1
-    for (int i = 0; i < LANDINGS * COMINGS; ++i) {
-      fetch_part(row, i / COMINGS, i % COMINGS);
-      if (i % COMINGS == COMINGS - 1) row.next(plan, c, item_step);
+    for (int place = 0; place < LANDINGS; ++place) {
+      fetch_row(ahead, place);
+      ahead.next(plan, c, item_step);
     }
   }
   #pragma unroll 1
   for (int q = 0; now.item < plan.items; ++q) {  // rows so far
     const int place = q % LANDINGS, slot = q % RING;
     mbarrier_wait(shared_address(&state->empty[slot]), q / RING & 1);
-    #pragma unroll 1
-    for (int coming = 0; coming < COMINGS; ++coming) {
-      mbarrier_wait(shared_address(&state->landed[warp][place][coming]), q / LANDINGS & 1);
-      const bool good = convert<WIDE>(landing(place, coming),
-                                         shared + RING_AT + slot * RING_ROW,
-                                         warp * WARP_CHANNELS + coming * COMING,
-                                         Window(x, c, plan, now), c, scale);
-      if (!good) {
-        BadRows& bad = state->bad[under_way(now.item, blocks_k)];
-        atomicMin(&bad.first, now.row);
-        atomicMax(&bad.last, now.row);
-      }
-      fence_async_proxy();
-      __syncwarp();
-      Cursor ahead = now;
-      #pragma unroll 1
-      for (int i = 0; i < LANDINGS; ++i) ahead.next(plan, c, item_step);
-      fetch_part(ahead, place, coming);
+    mbarrier_wait(shared_address(&state->landed[warp][place]), q / LANDINGS & 1);
+    if (!convert<WIDE>(landings + place * LANDING, shared + RING_AT + slot * RING_ROW, channel0,
+                       Window(x, c, plan, now), c, scale)) {
+      BadRows& bad = state->bad[under_way(now.item, blocks_k)];
+      atomicMin(&bad.first, now.row);
+      atomicMax(&bad.last, now.row);
     }
+    fence_async_proxy();
+    __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state->full[slot]));
     now.next(plan, c, item_step);
+    Cursor ahead = now;  // LANDINGS rows from the one that was converted
+    #pragma unroll 1
+    for (int i = 1; i < LANDINGS; ++i) ahead.next(plan, c, item_step);
+    fetch_row(ahead, place);
   }
 }
 
@@ -485,17 +468,6 @@ __device__ __forceinline__ void release_row(RingState* state, int q) {
   warp_arrives(&state->empty[q % RING]);
 }
 
-// The two warpgroups multiply in turns, so that one multiplies while the other finishes its row. In
-// step they would share the tensor cores first and leave them idle then. q: the first of the ring's
-// rows; an item moves it on by its rows and two, so that each turn changes its parity.
-__device__ __forceinline__ void take_turn(RingState* state, int q) {
-  const int second = thread_again() / 128;
-  mbarrier_wait(shared_address(&state->turn[second]), (q ^ second ^ 1) & 1);
-}
-__device__ __forceinline__ void pass_turn(RingState* state) {
-  warp_arrives(&state->turn[thread_again() / 128 ^ 1]);
-}
-
 // Sums of 64 filters by 136 columns over a warpgroup's threads, as wgmma_m64n136k16_f16_ra does.
 using Sums = float[PRODUCT_W / 2];
 
@@ -514,9 +486,14 @@ __device__ __forceinline__ Out out_row(int item, int row, float* y, const Conv& 
                                        const Plan& plan, int blocks_k) {
   const Item at = item_at(item, plan, c);
   const int k0 = opaque(blockIdx.x) % blocks_k * BLOCK_K;
-  return {y + (((long long)at.n * c.K + k0) * c.OH + at.oh0 + row) * c.OW + at.ow0, c.OH * c.OW,
-          c.K - k0, c.OW - at.ow0, at.ow0 == 0 && !(COMPLETES && plan.completes && at.oh0 + row > 0),
-          COMPLETES && plan.completes && at.ow0 + TILE_W >= c.OW && at.oh0 + row + 1 < c.OH};
+  const int oh = at.oh0 + row;
+  const bool completes = COMPLETES && plan.completes;
+  return {y + (((long long)at.n * c.K + k0) * c.OH + oh) * c.OW + at.ow0,
+          c.OH * c.OW,
+          c.K - k0,
+          c.OW - at.ow0,
+          at.ow0 == 0 && !(completes && oh > 0),
+          completes && at.ow0 + TILE_W >= c.OW && oh + 1 < c.OH};
 }
 
 // Finishes a warp's 8 filters from k on of one output row and puts them into shared memory, each

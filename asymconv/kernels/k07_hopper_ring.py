@@ -39,7 +39,6 @@ DEFINES = {
     "ALIGN": 8,
     "RING": 4,
     "LANDINGS": 2,
-    "PRODUCER_WARPS": 4,
     "EVICT_LOADS": 0,
     "EVICT_STORES": 0,
 }
@@ -48,7 +47,6 @@ VARIANTS = (
     {"ALIGN": 8},
     {"ALIGN": 4},
     {"LANDINGS": 1},
-    {"PRODUCER_WARPS": 2},
     {"EVICT_LOADS": 1},
     {"EVICT_STORES": 1},
     {"EVICT_LOADS": 1, "EVICT_STORES": 1},
@@ -115,10 +113,8 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
     for (; at / ROUND < item_at(item, plan, c).rows; at += ROUND) {
       const int q = at % ROUND + at / ROUND;
       wait_for_row(state, q + 2);
-      take_turn(state, q);
       Sums sum;
       multiply(sum, a, ring, q, (unsigned)-c.pad_w & 3);  // strips start on 16 bytes
-      pass_turn(state);
       wgmma_wait<0>();
       release_row(state, q);
       const Out out = out_row(item, at / ROUND, y, c, plan, blocks_k);

@@ -31,7 +31,6 @@ DEFINES = {
     "ALIGN": 8,
     "RING": 4,
     "LANDINGS": 1,
-    "PRODUCER_WARPS": 4,
     "EVICT_LOADS": 0,
     "EVICT_STORES": 0,
 }
