@@ -32,10 +32,11 @@ static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
               "warps share out what the launch was given; to wait for more is to hang");
 
 // Shared memory, in bytes. Landing: rows of fp32 as they come from memory, a channel of the window
-// 144 pixels and, where rows begin anywhere within 16 bytes, up to 3 before it. Each warp of the
-// producers has 16 channels and LANDINGS rows for itself.
+// 144 pixels and, where rows begin anywhere within 16 bytes, up to 3 before it; two channels further
+// on is 16 words further in their banks. Each warp of the producers has 16 channels and LANDINGS
+// rows for itself.
 constexpr int RING_W = 144, WARP_CHANNELS = CHANNELS / (PRODUCERS / 32);
-constexpr int LANDING_PITCH = (RING_W + 4) * 4, LANDING = WARP_CHANNELS * LANDING_PITCH;
+constexpr int LANDING_PITCH = (RING_W + 8) * 4, LANDING = WARP_CHANNELS * LANDING_PITCH;
 
 // Ring: rows of fp16. A pixel is a row of 64 channels, 128 bytes in 8 chunks of 16, chunk i of
 // pixel p at place i ^ (p % 8) (the 128-byte swizzle). The lo halves follow all of the hi.
@@ -203,14 +204,14 @@ template <bool WIDE>
 __device__ __forceinline__ void fetch(unsigned char* landing, unsigned landed, int channel0,
                                       const Window& at, const float* __restrict__ x,
                                       long long values, const Conv& c) {
-  const int lane = threadIdx.x % 32;
+  const int lane = thread_again() & 31;
   if (lane >= WARP_CHANNELS) return;
   const int channel = opaque(channel0 + lane);
   const int count = channel < c.C ? at.count : 0;
   const float* const from = at.first + (long long)channel * c.H * c.W;
   const int lead = WIDE ? 0 : past_16_bytes(from);
   int bytes = count == 0 ? 0 : WIDE ? count * 4 : (lead + count + 3) / 4 * 16;
-  float* const to = reinterpret_cast<float*>(landing + opaque(lane) * LANDING_PITCH) + at.before;
+  float* const to = reinterpret_cast<float*>(landing + lane * LANDING_PITCH) + at.before;
   if (!WIDE && bytes > 0) {
     if (from - lead < x || from - lead + bytes / 4 > x + values) {
       for (int i = 0; i < count; ++i) to[lead + i] = __ldg(from + i);
@@ -246,13 +247,13 @@ __device__ __forceinline__ __half2 lo_of(float a, float b, __half2 hi) {
 // floats within 16 bytes of memory, of which only the last bits count.
 template <bool WIDE, bool WHOLE>
 __device__ __forceinline__ void convert_runs(const float* from, unsigned char* ring, int to,
-                                             int channel, int there, int phase, const Conv& c,
+                                             int channels, int there, int phase, const Conv& c,
                                              float factor, HalfRuns& seen) {
   float v[2][4];
   #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float* const run = from + i * (LANDING_PITCH / 4);
-    const int count = WHOLE ? 4 : channel + i < c.C ? there : 0;
+    const int count = WHOLE ? 4 : i < channels ? there : 0;
     if (WIDE) {
       const float4 four = *reinterpret_cast<const float4*>(run);
       v[i][0] = count > 0 ? four.x : 0.0f;
@@ -283,37 +284,30 @@ template <bool WIDE>
 __device__ __forceinline__ bool convert(const unsigned char* landing, unsigned char* ring,
                                         int channel0, const Window& at, const Conv& c,
                                         int scale) {
-  // a unit: 8 channels of 32 pixels, two runs a lane; the last one, all channels of the halo
-  constexpr int ACROSS = TILE_W / 32, UNITS = ACROSS * WARP_CHANNELS / 8;
-  static_assert((RING_W - TILE_W) * WARP_CHANNELS == 32 * 8, "the halo is a unit");
+  // a unit: 16 pixels of all channels, two runs a lane
+  constexpr int UNIT_W = 16, UNITS = RING_W / UNIT_W, WHOLE_UNITS = TILE_W / UNIT_W;
+  static_assert(UNIT_W / 4 * WARP_CHANNELS / 2 == 32, "every lane has runs");
   const float factor = power_of_two(opaque(scale));
   HalfRuns seen;
-  const int lane = thread_again() & 31;
-  const auto from = [&](int pixel, int depth) {
-    return reinterpret_cast<const float*>(landing + depth * LANDING_PITCH) + pixel;
-  };
-  const auto place = [&](int pixel, int depth) {
-    return in_row(pixel, (channel0 + depth) / 8) + (depth & 7) * 2;
-  };
+  const int lane = thread_again() & 31, run = (lane & 3) * 4, depth = (lane >> 2) * 2;
   int unit = 0;
   if (WIDE && at.before == 0 && at.count >= TILE_W && channel0 + WARP_CHANNELS <= c.C) {
-    const int pixel = (lane & 7) * 4, depth = (lane >> 3) * 2, to = place(pixel, depth);
+    const float* const from = reinterpret_cast<const float*>(landing + depth * LANDING_PITCH) + run;
+    const int to = in_row(run, (channel0 + depth) / 8) + (depth & 7) * 2;
     #pragma unroll
-    for (; unit < UNITS; ++unit) {
-      const int further = unit % ACROSS * 32, eight = unit / ACROSS * 8;
-      convert_runs<WIDE, true>(from(pixel, depth) + eight * (LANDING_PITCH / 4) + further,
-                               ring + further * PIXEL, to ^ eight * 2, 0, 4, 0, c, factor, seen);
+    for (; unit < WHOLE_UNITS; ++unit) {
+      convert_runs<WIDE, true>(from + unit * UNIT_W, ring + unit * UNIT_W * PIXEL, to, 2, 4, 0,
+                               c, factor, seen);
     }
   }
   #pragma unroll 1
-  for (; unit <= UNITS; ++unit) {
-    const bool halo = unit == UNITS;
-    const int pixel = halo ? TILE_W + (lane & 3) * 4 : (unit & ACROSS - 1) * 32 + (lane & 7) * 4;
-    const int depth = halo ? (lane >> 2) * 2 : unit / ACROSS * 8 + (lane >> 3) * 2;
-    const int channel = channel0 + depth;
+  for (; unit < UNITS; ++unit) {
+    const int pixel = unit * UNIT_W + run, channel = channel0 + depth;
     const int there = pixel >= at.before ? at.count - (pixel - at.before) : 0;
-    convert_runs<WIDE, false>(from(pixel, depth), ring, place(pixel, depth), channel, there,
-                              past_16_bytes(at.first) + channel * c.H * c.W, c, factor, seen);
+    convert_runs<WIDE, false>(
+        reinterpret_cast<const float*>(landing + depth * LANDING_PITCH) + pixel, ring,
+        in_row(pixel, channel / 8) + (depth & 7) * 2, c.C - channel, there,
+        past_16_bytes(at.first) + channel * c.H * c.W, c, factor, seen);
   }
   return HalfRange(opaque(scale)).holds(seen);
 }
