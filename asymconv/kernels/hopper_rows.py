@@ -32,9 +32,8 @@ static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
               "warps share out what the launch was given; to wait for more is to hang");
 
 // Shared memory, in bytes. Landing: rows of fp32 as they come from memory, a channel of the window
-// 144 pixels and, where rows begin anywhere within 16 bytes, up to 3 before it; two channels further
-// on is 16 words further in their banks. Each warp of the producers has 16 channels and LANDINGS
-// rows for itself.
+// 144 pixels and, where rows begin anywhere within 16 bytes, up to 3 before it; two channels are 16
+// words apart in their banks. A warp of the producers has 16 channels and LANDINGS rows for itself.
 constexpr int RING_W = 144, WARP_CHANNELS = CHANNELS / (PRODUCERS / 32);
 constexpr int LANDING_PITCH = (RING_W + 8) * 4, LANDING = WARP_CHANNELS * LANDING_PITCH;
 
@@ -132,10 +131,12 @@ __device__ __forceinline__ Item item_at(int index, const Plan& plan, const Conv&
 // rows, and some to start with.
 static Plan plan_for(const Conv& c, int blocks) {
   constexpr int START = 6;  // rows' worth
+  constexpr int MOST_ROWS = 128;  // of a part: longer ones took 2.5 % more time
   Plan best = {};
   long long least = LLONG_MAX;
   const int strips = (c.OW + TILE_W - 1) / TILE_W;
-  for (int parts = 1; parts <= min(c.OH, 64); ++parts) {
+  const int fewest = (c.OH + MOST_ROWS - 1) / MOST_ROWS;
+  for (int parts = fewest; parts <= max(fewest, min(c.OH, 64)); ++parts) {
     const int rows = (c.OH + parts - 1) / parts, real = (c.OH + rows - 1) / rows;
     const long long items = (long long)c.N * strips * real;
     const long long cost = (items + blocks - 1) / blocks * (rows + START);
@@ -242,34 +243,33 @@ __device__ __forceinline__ __half2 lo_of(float a, float b, __half2 hi) {
 
 // Converts two runs, the same 4 pixels of two channels: a load of 16 bytes brings a run, whose
 // largest magnitude no other lane has to know, and two channels of a pixel are one store. `to`:
-// bytes from the ring row's start to the first pixel's place. WHOLE: the runs are in the image. Otherwise
-// `there` of their pixels are, or more; and unless WIDE, the first channel's row begins at `phase`
-// floats within 16 bytes of memory, of which only the last bits count.
+// bytes from the ring row's start to the first pixel's place. WHOLE: the runs are in the image.
+// Otherwise `there` of their pixels are, or more; and unless WIDE, the first channel's row begins at
+// `phase` floats within 16 bytes of memory, of which only the last bits count.
 template <bool WIDE, bool WHOLE>
 __device__ __forceinline__ void convert_runs(const float* from, unsigned char* ring, int to,
                                              int channels, int there, int phase, const Conv& c,
                                              float factor, HalfRuns& seen) {
-  float v[2][4];
-  #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float* const run = from + i * (LANDING_PITCH / 4);
-    const int count = WHOLE ? 4 : i < channels ? there : 0;
-    if (WIDE) {
-      const float4 four = *reinterpret_cast<const float4*>(run);
-      v[i][0] = count > 0 ? four.x : 0.0f;
-      v[i][1] = count > 0 ? four.y : 0.0f;
-      v[i][2] = count > 0 ? four.z : 0.0f;
-      v[i][3] = count > 0 ? four.w : 0.0f;
-    } else {
-      const int lead = phase + i * c.H * c.W & 3;
-      #pragma unroll
-      for (int j = 0; j < 4; ++j) v[i][j] = j < count ? run[lead + j] : 0.0f;
+  const float* const runs[2] = {from, from + LANDING_PITCH / 4};
+  const int count[2] = {WHOLE || channels > 0 ? there : 0, WHOLE || channels > 1 ? there : 0};
+  float v[2][4], largest[2];
+  if (WIDE) {
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 four = *reinterpret_cast<const float4*>(runs[i]);
+      v[i][0] = count[i] > 0 ? four.x : 0.0f;
+      v[i][1] = count[i] > 0 ? four.y : 0.0f;
+      v[i][2] = count[i] > 0 ? four.z : 0.0f;
+      v[i][3] = count[i] > 0 ? four.w : 0.0f;
     }
-    seen.look_at(larger_magnitude(larger_magnitude(v[i][0], v[i][1]),
-                                  larger_magnitude(v[i][2], v[i][3])));
   }
   #pragma unroll
   for (int j = 0; j < 4; ++j) {
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!WIDE) v[i][j] = j < count[i] ? runs[i][(phase + i * c.H * c.W & 3) + j] : 0.0f;
+      largest[i] = j == 0 ? fabsf(v[i][j]) : larger_magnitude(largest[i], v[i][j]);
+    }
     const float v0 = factor * v[0][j], v1 = factor * v[1][j];
     const __half2 hi = hi_of(v0, v1);
     // p % 8 is 0 or 4 for the first pixel, so the swizzle only has to take j in
@@ -277,6 +277,8 @@ __device__ __forceinline__ void convert_runs(const float* from, unsigned char* r
     *place = hi;
     if (HALVES == 2) place[RING_HALF / 4] = lo_of(v0, v1, hi);
   }
+  seen.look_at(largest[0]);
+  seen.look_at(largest[1]);
 }
 
 // Converts a warp's channels of a row, from channel0 on, and says whether fp16 holds them.

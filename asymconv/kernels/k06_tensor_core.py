@@ -9,7 +9,7 @@ fp32. Filters are the rows, pixels the columns, so that neighbouring sums are ne
 - A tile of 4 x 64 pixels and its halo are in shared memory as fp16, each pixel a row of 16
   channels. No im2col: a tap is the same tile, read from another pixel on. Pieces of rows are
   swizzled by the pixel's column, so ldmatrix meets no bank twice, wherever a tap starts.
-- A warp computes WARP_K filters x WARP_H rows x TILE_W columns, by default 32 x 2 x 64. With more
+- A warp computes WARP_K filters x WARP_H rows x TILE_W columns, by default 64 x 1 x 64. With more
   than one row, pixels that it has read for one row of the kernel serve the others from registers.
 - A block keeps the weights of its 128 filters, 147,456 bytes as fp16 for 64 channels, and walks
   over tiles. The next 16 channels wait as fp32 in registers while these are multiplied, and are
@@ -53,10 +53,10 @@ from asymconv.kernels.rung import Rung
 from asymconv.problem import ConvShape
 
 DEFINES = {
-    "WARP_K": 32,
-    "WARPS_K": 4,
-    "WARP_H": 2,
-    "WARPS_H": 2,
+    "WARP_K": 64,
+    "WARPS_K": 2,
+    "WARP_H": 1,
+    "WARPS_H": 4,
     "TILE_W": 64,
     "STRIP": 16,
 }

@@ -51,8 +51,8 @@ VARIANTS = (
     {"EVICT_STORES": 1},
     {"EVICT_LOADS": 1, "EVICT_STORES": 1},
 )
-"""Whole sectors; writing where bulk copies may begin; fetching one row ahead in place of two; two
-warps that fetch, with 40 registers, in place of four with 24; lines that L2 lets go of first."""
+"""Whole sectors; writing where bulk copies may begin; fetching one row ahead in place of two; lines
+that L2 lets go of first."""
 
 SOURCE = (
     HALF_RANGE

@@ -35,9 +35,6 @@ DEFINES = {
     "EVICT_STORES": 0,
 }
 
-VARIANTS = ({"PRODUCER_WARPS": 4}, {"PRODUCER_WARPS": 2})
-"""Four warps that fetch and convert, with 24 registers each, or two with 40."""
-
 SOURCE = (
     HALF_RANGE
     + MMA
@@ -197,5 +194,4 @@ RUNG = Rung(
     capability=(9, 0),
     arch="90a",
     defines=DEFINES,
-    variants=VARIANTS,
 )
