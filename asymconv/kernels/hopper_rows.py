@@ -244,8 +244,8 @@ __device__ __forceinline__ __half2 lo_of(float a, float b, __half2 hi) {
 // Converts two runs, the same 4 pixels of two channels: a load of 16 bytes brings a run, whose
 // largest magnitude no other lane has to know, and two channels of a pixel are one store. `to`:
 // bytes from the ring row's start to the first pixel's place. WHOLE: the runs are in the image.
-// Otherwise `there` of their pixels are, or more; and unless WIDE, the first channel's row begins at
-// `phase` floats within 16 bytes of memory, of which only the last bits count.
+// Otherwise `there` of their pixels are, or more; and unless WIDE, the first channel's row begins
+// `phase` floats from 16 bytes of memory, of which only the last bits count.
 template <bool WIDE, bool WHOLE>
 __device__ __forceinline__ void convert_runs(const float* from, unsigned char* ring, int to,
                                              int channels, int there, int phase, const Conv& c,
