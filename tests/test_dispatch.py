@@ -241,6 +241,13 @@ def test_sizes_that_only_pytorch_understands_are_hopeless() -> None:
     assert not hopeless(CONTRACT.input_shape, CONTRACT.weight_shape, 1, "valid", 1, 1)
 
 
+LEFT_SINCE = {
+    ("Cityscapes, 512×1024", "ResNet-18, layer 1", 8),
+    ("KITTI, 375×1242", "U-Net, level 1", 1),
+}
+"""Layers and batches that k07 ran when layers.json was recorded; too small, as it turned out."""
+
+
 class TestRecords:
     """The constants against what was measured."""
 
@@ -269,9 +276,15 @@ class TestRecords:
         for row in layers.rows:
             where = f"{row.network}, {row.shape}, training {row.training}"
             decision = decide(facts(row.shape, tf32=row.tf32))
+            if row.runs and decision.rung is None:  # left to PyTorch for what this record said
+                assert (row.data, row.network, row.shape.batch) in LEFT_SINCE, where
+                continue
             assert (decision.rung.name if decision.rung else "") == row.runs, where
+            if not row.runs:  # the same kernels on both sides: what is seen is the run's noise
+                assert row.ratio >= 0.9, where
+                continue
             assert row.ratio >= 0.97, where
-            if row.runs and not row.training:
+            if not row.training:
                 assert row.ratio >= 1.1, where
         for call in layers.overheads:
             if "forced" not in call.what:
