@@ -407,16 +407,23 @@ class Kernel:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         shape: ConvShape,
+        multiprocessors: int | None = None,
     ) -> list[cpu.LineCount]:
         """The memory accesses of one call, line by line of the rung's own source.
 
         Backend "cpu-traced" only. The tensors are copied to where cudaMalloc would put them, at
-        multiples of 256 bytes, so that the sectors counted are those of a GPU.
+        multiples of 256 bytes, so that the sectors counted are those of a GPU. multiprocessors: of
+        the GPU, for rungs that start as many blocks as it has (`cpu.Program.multiprocessors`).
         """
         data = [
             None if t is None else cpu.aligned_empty(*t.shape).copy_(t) for t in (x, weight, bias)
         ]
-        self(*data, shape, cpu.aligned_empty(*shape.output_shape), trace=True)
+        before = self.program.multiprocessors
+        self.program.multiprocessors = multiprocessors or before
+        try:
+            self(*data, shape, cpu.aligned_empty(*shape.output_shape), trace=True)
+        finally:
+            self.program.multiprocessors = before
         return self.program.counts()
 
     def _check_tensors(

@@ -58,7 +58,8 @@ class Tolerance:
         norm: largest ‖y - ref‖ / ‖ref‖ allowed, over all elements. Rounding errors are random
             and mostly cancel, so this is far tighter. It is an average, and holds where many
             roundings are averaged (`MIN_SAMPLES`): a few outputs can all be near zero, a few
-            weights can all be rounded far.
+            weights can all be rounded far. Where inputs are positive, a filter's roundings add up
+            the same way for every pixel: a filter is one sample (`MIN_FILTERS`).
         reason: why these.
     """
 
@@ -67,8 +68,8 @@ class Tolerance:
     reason: str
 
 
-MIN_SAMPLES = 4096
-"""Outputs and weights from which on the norm is checked as well as each element."""
+MIN_SAMPLES, MIN_FILTERS = 4096, 64
+"""Outputs and weights, and filters, from which on the norm is checked as well as each element."""
 
 
 def tolerance(precision: Precision, terms: int) -> Tolerance:
@@ -335,7 +336,8 @@ def check(
         f"{where}: an element is off by {worst:.3g} times what is allowed "
         f"({allowed.reason}); {int(y.isnan().sum())} of {y.numel()} elements are NaN"
     )
-    if min(shape.outputs, math.prod(shape.weight_shape)) >= MIN_SAMPLES:
+    samples = min(shape.outputs, math.prod(shape.weight_shape))
+    if samples >= MIN_SAMPLES and shape.out_channels >= MIN_FILTERS:
         assert error <= allowed.norm, f"{where}: error {error:.3g}, allowed {allowed.norm:.3g}"
     del y, data
 

@@ -97,6 +97,9 @@ def batch_wavefronts(batch: int) -> float:
 START_ROWS = 6
 """What an item costs k07 before its first row and after its last, in rows (`plan_for`)."""
 
+MOST_ROWS = 128
+"""The most rows of a part (`plan_for`)."""
+
 
 @dataclass(frozen=True)
 class Strips:
@@ -132,7 +135,8 @@ def strips(shape: ConvShape, multiprocessors: int = 132, tile_w: int = 128) -> S
     blocks = max(1, multiprocessors // filters)
     across = math.ceil(shape.out_width / tile_w)
     best, least = None, math.inf
-    for parts in range(1, min(shape.out_height, 64) + 1):
+    fewest = math.ceil(shape.out_height / MOST_ROWS)
+    for parts in range(fewest, max(fewest, min(shape.out_height, 64)) + 1):
         rows = math.ceil(shape.out_height / parts)
         real = math.ceil(shape.out_height / rows)
         items = shape.batch * across * real

@@ -132,6 +132,23 @@ ADDED_BY_NVCC = (
         )
         for counter in ("shared_load_requests", "shared_load_wavefronts")
     ),
+    Added(
+        "k05",
+        "shared_load_requests",
+        3 * 1536,
+        "three reads of nothing before each group of copies: 64 blocks · 8 warps · 2 turns of "
+        "weights, and 64 stages · 8 warps",
+        "k05_copies.sass",
+        "@!PT LDS RZ, [RZ]",
+    ),
+    Added(
+        "k05",
+        "shared_load_wavefronts",
+        9,
+        "9 of 376,841, not explained; the only reads that the source has not are those of nothing",
+        "k05_copies.sass",
+        "@!PT LDS RZ, [RZ]",
+    ),
 )
 """Why the CPU backend's counts and a GPU's differ on `PROOF`, where they do."""
 

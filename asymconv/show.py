@@ -163,9 +163,13 @@ def passed(rung: Rung, *shapes: ConvShape) -> Markdown:
     return table(("shape", "outputs compared", rung.name), rows)
 
 
-def trace(rung: Rung, shape: ConvShape) -> list[cpu.LineCount]:
-    """Count the memory accesses of a rung's CUDA text on the CPU, line by line."""
-    return build.load(rung, "cpu-traced").trace(*random_data(shape, seed=0), shape)
+def trace(rung: Rung, shape: ConvShape, multiprocessors: int | None = None) -> list[cpu.LineCount]:
+    """Count the memory accesses of a rung's CUDA text on the CPU, line by line.
+
+    multiprocessors: of the GPU it stands for; matters to rungs that start as many blocks.
+    """
+    kernel = build.load(rung, "cpu-traced")
+    return kernel.trace(*random_data(shape, seed=0), shape, multiprocessors)
 
 
 def _statement(lines: Sequence[str], number: int) -> str:
@@ -349,7 +353,8 @@ def proof(of: profiler.Profile, rung: Rung) -> Markdown:
     hardware = of.of(rung.name, profiler.PROOF)
     rows: list[tuple[str, ...]] = []
     notes: dict[str, list[str]] = {}  # by reason: the counters it explains
-    for counter, count, measured in profiler.beside(trace(rung, profiler.PROOF), hardware):
+    lines_here = trace(rung, profiler.PROOF, int(of.made["multiprocessors"]))
+    for counter, count, measured in profiler.beside(lines_here, hardware):
         if not count and not measured:
             continue
         name, more = counter.replace("_", " "), measured - count

@@ -37,6 +37,7 @@ constexpr int WRITERS = 256, THREADS = WRITERS + 32;  // a warp reads
 constexpr int WARP_K = FILTERS / (WRITERS / 32);
 static_assert(ALIGN == 2 || ALIGN % 4 == 0 && ALIGN <= 32, "floats; rows start on 8 bytes anyway");
 static_assert(STORE != BULK_COPIES || ALIGN >= 4, "bulk copies need 16 bytes");
+static_assert(!COMPLETE || STORE == BULK_COPIES && LOAD, "what k07 does");
 
 // A strip's rows begin at the first multiple of ALIGN floats of memory: so many columns more.
 constexpr int WINDOW_W = TILE_W + (ALIGN < 8 ? 8 : ALIGN) + 4;  // with the halo
@@ -53,9 +54,12 @@ static_assert(sizeof(Shared) <= 227 * 1024, "more shared memory than a block can
 // A warp: a lane copies two channels of each row of its block's part of a strip.
 __device__ __forceinline__ void read_rows(const float* __restrict__ x, const Conv& c, int n,
                                           int first, int rows, int ow0, Shared* shared) {
-  const int lane = threadIdx.x % 32, count = min(WINDOW_W, c.W - ow0);
+  const int lane = threadIdx.x % 32;
   for (int row = 0; row < rows; ++row) {
     const int place = row % LANDINGS;
+    // COMPLETE: on into the next row, which follows
+    const int columns = COMPLETE && first + row + 1 < c.H ? 2 * c.W : c.W;
+    const int count = min(WINDOW_W, columns - ow0);
     const unsigned full = shared_address(&shared->full[place]);
     mbarrier_wait(shared_address(&shared->empty[place]), row / LANDINGS & 1 ^ 1);
     mbarrier_arrive_expect(full, 2 * 4 * count);
@@ -93,10 +97,15 @@ __device__ __forceinline__ void write_row(float* __restrict__ y, const Conv& c, 
     float* first;    // of the filter's row, at the strip
     int skip, count;  // columns that the left strip writes; that this one does
   };
+  const auto to_aligned = [](const float* p) {
+    return (int)(-((unsigned long long)p >> 2) & (ALIGN - 1));
+  };
   const auto row_of = [&](int k) {
     float* const first = y + (((long long)n * FILTERS + k) * c.OH + oh) * c.OW + ow0;
-    const int skip = (int)(-((unsigned long long)first >> 2) & (ALIGN - 1));
-    return Row{first, skip, max(0, min(TILE_W, c.OW - ow0 - skip))};
+    const int skip = to_aligned(first), left = c.OW - ow0 - skip;
+    const bool completes = COMPLETE && left > 0 && left <= TILE_W && oh + 1 < c.OH;
+    const int more = completes ? to_aligned(first + skip + left) : 0;
+    return Row{first, skip, max(0, min(TILE_W, left)) + more};
   };
   if (STORE == REGISTERS) {
     for (int k = k0 + lane / 4; k < k0 + WARP_K; k += 8) {
@@ -120,8 +129,9 @@ __device__ __forceinline__ void write_row(float* __restrict__ y, const Conv& c, 
     for (int k = k0; k < k0 + WARP_K; ++k) {
       const Row row = row_of(k);
       for (int column = lane * 2; column < row.count; column += 64) {
+        const int next = row.skip + column >= c.OW - ow0 ? c.W - c.OW : 0;  // the row after
         *reinterpret_cast<float2*>(staging + k * STAGING_PITCH + column) =
-            value(k, row.skip + column);
+            value(k, row.skip + column + next);
       }
     }
     fence_async_proxy();
@@ -140,7 +150,7 @@ __device__ __forceinline__ void write_row(float* __restrict__ y, const Conv& c, 
     }
     bulk_commit();
   }
-  if (STORE != NOTHING && ow0 == 0) {  // no strip on the left
+  if (STORE != NOTHING && ow0 == 0 && !(COMPLETE && oh > 0)) {  // nobody else writes them
     for (int k = k0; k < k0 + WARP_K; ++k) {
       const Row row = row_of(k);
       if (2 * lane < min(row.skip, c.OW)) write_two(row.first + 2 * lane, value(k, 2 * lane));
@@ -200,6 +210,10 @@ def _refusal(shape: ConvShape, defines: Mapping[str, int]) -> str | None:
         return f"it moves {CHANNELS} channels to {FILTERS} filters ({shape})"
     if shape.width % 4 or shape.out_width % 2:
         return f"its rows of input start on 16 bytes, of output on 8 ({shape})"
+    if defines["COMPLETE"] and not 0 <= shape.width - shape.out_width <= 2:
+        return f"it completes rows that are at most 2 columns shorter than the input's ({shape})"
+    if defines["COMPLETE"] and shape.out_width < defines["ALIGN"]:
+        return f"a row ends where the next but one begins ({shape})"
     if shape.out_height > shape.height or shape.out_width > shape.width:
         return f"an output is an input in its place, and there are more outputs ({shape})"
     if max(math.prod(shape.input_shape[1:]), math.prod(shape.output_shape[1:])) >= 2**31:
@@ -225,6 +239,7 @@ STRIPS = Rung(
         "LOAD": 1,
         "EVICT_LOADS": 0,
         "EVICT_STORES": 0,
+        "COMPLETE": 0,
         "PARTS": 2,
     },
     variants=(
@@ -243,11 +258,14 @@ STRIPS = Rung(
         _way(BULK_COPIES, 8, EVICT_STORES=1),
         _way(BULK_COPIES, 8, EVICT_LOADS=1),
         _way(BULK_COPIES, 8, EVICT_STORES=1, EVICT_LOADS=1),
+        _way(BULK_COPIES, 8, COMPLETE=1),
+        _way(BULK_COPIES, 32, COMPLETE=1),
     ),
 )
 """Built like a rung. STORE: a way to write. ALIGN: floats of memory at whose multiples a strip's
 rows begin; 2 is where they happen to (8 is a sector, 32 a line). LOAD: whether it reads. EVICT_*:
-whether L2 lets go of these lines first. PARTS: of a strip, a block each."""
+whether L2 lets go of these lines first. COMPLETE: whether a row's last strip also writes the first
+columns of the next row, up to a multiple of ALIGN. PARTS: of a strip, a block each."""
 
 
 def expected(x: torch.Tensor, shape: ConvShape, defines: Mapping[str, int]) -> torch.Tensor:
@@ -299,6 +317,8 @@ def describe(defines: Mapping[str, int]) -> str:
     evicted = [name for name in ("loads", "stores") if constants[f"EVICT_{name.upper()}"]]
     if evicted:
         text += f", {' and '.join(evicted)} evicted first"
+    if constants["COMPLETE"]:
+        text += ", the next row's begin too"
     return text if constants["LOAD"] else text + ", reads nothing"
 
 

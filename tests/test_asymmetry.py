@@ -314,13 +314,14 @@ def test_sectors_are_not_predicted_for_other_convolutions() -> None:
 
 def test_k07s_plan_is_the_kernels() -> None:
     plan = predictions.strips(CONTRACT)
-    assert (plan.strips, plan.parts, plan.rows, plan.items, plan.turns) == (8, 2, 255, 128, 1)
-    assert plan.cost == pytest.approx(261 * 132 * 128 / (8 * 510 * 1022))
+    assert (plan.strips, plan.parts, plan.rows, plan.items, plan.turns) == (8, 4, 128, 256, 2)
+    assert plan.cost == pytest.approx(2 * 134 * 132 * 128 / (8 * 510 * 1022))
     for rung in (*RUNGS, *CANDIDATES):
         if rung.number == "k07":  # the lines of `plan_for` that the function above repeats
             for line in (
                 f"constexpr int START = {predictions.START_ROWS};",
-                "parts <= min(c.OH, 64); ++parts",
+                f"constexpr int MOST_ROWS = {predictions.MOST_ROWS};",
+                "parts <= max(fewest, min(c.OH, 64)); ++parts",
                 "(items + blocks - 1) / blocks * (rows + START);",
                 "const int at_once = max(1, multiprocessors / blocks_k);",
             ):

@@ -621,6 +621,7 @@ LAUNCH(multiply, 1, 32, 0)
 
 HOPPER_CHECKED = (
     PRELUDE
+    + ptx.MAX_NAN
     + ptx.HOPPER
     + ptx.BULK
     + ptx.STMATRIX

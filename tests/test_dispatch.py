@@ -42,7 +42,7 @@ def number(decision: dispatch.Decision) -> str | None:
 CASES = {
     "the contract": (facts(), "k07", "TF32 allowed"),
     "the contract with a bias": (facts(CONTRACT.with_(bias=True)), "k07", ""),
-    "TF32 forbidden": (facts(tf32=False), "k05", "TF32 forbidden"),
+    "TF32 forbidden": (facts(tf32=False), "k08", "TF32 forbidden"),
     "on a CPU": (facts(device="cpu", capability=None), None, "this is on cpu"),
     "tensors on several devices": (facts(device="several"), None, "several"),
     "half precision": (facts(dtype=torch.float16), None, "float16"),
@@ -104,7 +104,7 @@ def test_forced_rungs_are_tried_in_order() -> None:
 def test_always_ends_with_its_block() -> None:
     assert dispatch.forced() is None
     with dispatch.always():
-        assert dispatch.forced() == tuple(r.number for r in reversed(RUNGS))
+        assert dispatch.forced() == ("k07", "k06", "k08", "k05", "k04", "k03", "k02", "k01")
         with dispatch.always("k05"):
             assert dispatch.forced() == ("k05",)
         with pytest.raises(RuntimeError, match="within"), dispatch.always("k01"):
@@ -241,6 +241,13 @@ def test_sizes_that_only_pytorch_understands_are_hopeless() -> None:
     assert not hopeless(CONTRACT.input_shape, CONTRACT.weight_shape, 1, "valid", 1, 1)
 
 
+LEFT_SINCE = {
+    ("Cityscapes, 512×1024", "ResNet-18, layer 1", 8),
+    ("KITTI, 375×1242", "U-Net, level 1", 1),
+}
+"""Layers and batches that k07 ran when layers.json was recorded; too small, as it turned out."""
+
+
 class TestRecords:
     """The constants against what was measured."""
 
@@ -269,9 +276,15 @@ class TestRecords:
         for row in layers.rows:
             where = f"{row.network}, {row.shape}, training {row.training}"
             decision = decide(facts(row.shape, tf32=row.tf32))
+            if row.runs and decision.rung is None:  # left to PyTorch for what this record said
+                assert (row.data, row.network, row.shape.batch) in LEFT_SINCE, where
+                continue
             assert (decision.rung.name if decision.rung else "") == row.runs, where
+            if not row.runs:  # the same kernels on both sides: what is seen is the run's noise
+                assert row.ratio >= 0.9, where
+                continue
             assert row.ratio >= 0.97, where
-            if row.runs and not row.training:
+            if not row.training:
                 assert row.ratio >= 1.1, where
         for call in layers.overheads:
             if "forced" not in call.what:

@@ -124,13 +124,16 @@ def test_a_removed_barrier_is_found() -> None:
 @pytest.mark.parametrize(
     ("removed", "found"),
     [
-        ("    mbarrier_wait(shared_address(&state->empty[slot]), parity);\n", "race|deadlock"),
-        ("      wait_for_row(q + 2);\n", "race"),
-        ("  fence_async_proxy();\n  named_barrier<CONSUMERS>(1);\n", "race"),
+        (
+            "    mbarrier_wait(shared_address(&state->empty[slot]), q / RING & 1);\n",
+            "race|deadlock",
+        ),
+        ("      wait_for_row(state, q + 2);\n", "race"),
+        ("      bulk_wait_read();  // the row before has left\n", "race"),
         ("    fence_async_proxy();\n", "no fence.proxy.async"),
         ("  wgmma_wait<0>();\n", "exits without having waited for its wgmma"),
     ],
-    ids=["empty", "full", "barrier", "proxy fence", "wgmma wait"],
+    ids=["empty", "full", "staging", "proxy fence", "wgmma wait"],
 )
 def test_k07_without_what_orders_it(removed: str, found: str) -> None:
     """The asynchronous copies and products of k07 lack one thing: the CPU run says what."""
@@ -182,7 +185,7 @@ def test_the_range_of_fp32_is_kept(rung: Rung, case: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rung", CANDIDATES, ids=lambda r: r.name)
+@pytest.mark.parametrize("rung", TENSOR_CORES, ids=lambda r: r.name)
 def test_dark_columns_beside_bright_ones(rung: Rung, backend: str) -> None:
     """Runs are 4 pixels: between bright columns 5 apart one is dark, and its row goes to fp32."""
     shape = accuracy.RANGE_SHAPE
@@ -297,8 +300,8 @@ def test_offsets_beyond_32_bits(rung: Rung) -> None:
 
 
 # bytes: one nvcc of two keeps 3 registers of k04 in memory, once for each chunk of channels; k08
-# keeps up to 7 where rows are of odd length or begin anywhere, none on the contract's shape
-SPILLED = {"k04": 16, "k08": 28}
+# keeps some where rows are of odd length or begin anywhere, none on the contract's shape
+SPILLED = {"k04": 16, "k08": 120}
 
 
 @nvcc

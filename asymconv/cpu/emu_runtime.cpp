@@ -736,12 +736,14 @@ const char* cudaGetErrorString(cudaError_t error) {
   return "unknown error";
 }
 
+static int multiprocessors = 4;  // a grid that fills them stays small
+
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock: *value = emu::kMaxThreads; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = emu::kDefaultDynamicShared; break;
     case cudaDevAttrWarpSize: *value = emu::kWarp; break;
-    case cudaDevAttrMultiProcessorCount: *value = 4; break;
+    case cudaDevAttrMultiProcessorCount: *value = multiprocessors; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
     case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
@@ -757,6 +759,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 #pragma GCC visibility push(default)
 
 extern "C" {
+
+// What cudaDeviceGetAttribute says from now on.
+void emu_multiprocessors(int count) { multiprocessors = count; }
 
 // Before the launcher, on the same operating-system thread. order_seed 0: threads run in order.
 void emu_begin(int order_seed) {

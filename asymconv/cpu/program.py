@@ -161,7 +161,10 @@ class Program:
     Attributes:
         path: the library.
         traced: whether it can count and check memory accesses.
+        multiprocessors: of the device that the text sees; 4 unless set, so that grids stay small.
     """
+
+    multiprocessors = 4
 
     def __init__(self, path: Path) -> None:
         """Load the library.
@@ -216,6 +219,7 @@ class Program:
         function = getattr(self._library, symbol)
         function.restype = ctypes.c_int
         with _CALLS:
+            self._library.emu_multiprocessors(ctypes.c_int(self.multiprocessors))
             self._library.emu_begin(ctypes.c_int(order_seed))
             try:
                 if self.traced:

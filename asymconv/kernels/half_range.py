@@ -21,9 +21,13 @@ magnitude of its run: TF32's 11 bits, shared by a few neighbours. It costs a loo
 nothing else until a run fails.
 """
 
+from asymconv.kernels.ptx import MAX_NAN
+
 INPUT_TOP, WEIGHT_TOP, RUN_BOTTOM = 10, 14, -14
 
-HALF_RANGE = r"""
+HALF_RANGE = (
+    MAX_NAN
+    + r"""
 // ---- fp32 as fp16: see asymconv/kernels/half_range.py
 constexpr int INPUT_TOP = 10, WEIGHT_TOP = 14, RUN_BOTTOM = -14;  // exponents after scaling
 
@@ -40,6 +44,17 @@ __device__ __forceinline__ int scale_for(unsigned bits, int top) {
   return min(126, max(-126, top - ((int)(bits >> 23) - 127)));
 }
 
+// The runs seen so far: the largest magnitude of all, NaN if there was one, and the least of the
+// runs that are not 0, as bits less 1, so that 0 comes last.
+struct HalfRuns {
+  float most = 0.0f;
+  unsigned least = ~0u;
+  __device__ __forceinline__ void look_at(float largest) {  // of a run; not negative, or NaN
+    most = larger_magnitude(most, largest);
+    least = min(__float_as_uint(largest) - 1, least);
+  }
+};
+
 // Which largest magnitudes of a run fp16 holds well once they are scaled by 2^scale.
 struct HalfRange {
   unsigned low, high;
@@ -51,6 +66,9 @@ struct HalfRange {
   }
   __device__ __forceinline__ bool holds(unsigned largest) const {
     return largest == 0 || largest - low <= high - low;
+  }
+  __device__ __forceinline__ bool holds(const HalfRuns& runs) const {
+    return __float_as_uint(runs.most) <= high && runs.least >= low - 1;
   }
 };
 
@@ -84,3 +102,4 @@ __device__ __forceinline__ int sampled_scale(const float* x, long long count, un
   return there ? scale_for(scratch[__ffs(median) - 1], INPUT_TOP) : 0;
 }
 """
+)

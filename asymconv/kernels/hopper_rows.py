@@ -1,4 +1,4 @@
-"""What the candidates for k07 and k08 share: everything but the products.
+"""What k07 and k08 share: everything but the products.
 
 A block keeps the weights of its filters in registers and walks down a strip of 128 columns. Rows of
 input come by bulk copies, are converted to fp16 and stand in a ring; rows of output leave by bulk
@@ -23,24 +23,19 @@ constexpr int CHANNELS = 64, R = 3, S = 3, TAPS = R * S, PARTS = CHANNELS / 16;
 constexpr int TILE_W = 128, PRODUCT_W = TILE_W + 8;
 static_assert(ALIGN == 4 || ALIGN == 8, "bulk copies need 16 bytes, whole sectors 32");
 
-// Two warpgroups multiply and store; four warps fetch and convert, or two with more registers.
-constexpr int CONSUMERS = 2 * 128, PRODUCERS = PRODUCER_WARPS * 32;
-constexpr int THREADS = CONSUMERS + PRODUCERS;
-constexpr int LAUNCH_REGISTERS = PRODUCER_WARPS == 2 ? 200 : 168;
-constexpr int CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = PRODUCER_WARPS == 2 ? 40 : 24;
+// Two warpgroups multiply and store; one fetches and converts.
+constexpr int CONSUMERS = 2 * 128, PRODUCERS = 128, THREADS = CONSUMERS + PRODUCERS;
+constexpr int LAUNCH_REGISTERS = 168, CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 24;
 static_assert(LAUNCH_REGISTERS * THREADS <= 65536, "a block has an SM's registers");
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
                   THREADS * LAUNCH_REGISTERS,
               "warps share out what the launch was given; to wait for more is to hang");
 
 // Shared memory, in bytes. Landing: rows of fp32 as they come from memory, a channel of the window
-// 144 pixels and, where rows begin anywhere within 16 bytes, up to 3 before it. Each warp of the
-// producers has channels and LANDINGS rows for itself. 16 channels come at a time: while others are
-// converted, the next row's are on their way.
-constexpr int RING_W = 144, WARP_CHANNELS = CHANNELS / PRODUCER_WARPS;
-constexpr int COMING = 16, COMINGS = WARP_CHANNELS / COMING;
-constexpr int LANDING_PITCH = (RING_W + 4) * 4, LANDING = WARP_CHANNELS * LANDING_PITCH;
-static_assert(PRODUCERS / 32 * WARP_CHANNELS == CHANNELS, "every channel has its warp");
+// 144 pixels and, where rows begin anywhere within 16 bytes, up to 3 before it; two channels are 16
+// words apart in their banks. A warp of the producers has 16 channels and LANDINGS rows for itself.
+constexpr int RING_W = 144, WARP_CHANNELS = CHANNELS / (PRODUCERS / 32);
+constexpr int LANDING_PITCH = (RING_W + 8) * 4, LANDING = WARP_CHANNELS * LANDING_PITCH;
 
 // Ring: rows of fp16. A pixel is a row of 64 channels, 128 bytes in 8 chunks of 16, chunk i of
 // pixel p at place i ^ (p % 8) (the 128-byte swizzle). The lo halves follow all of the hi.
@@ -48,6 +43,7 @@ constexpr int PIXEL = CHANNELS * 2, RING_ROW = RING_W * PIXEL, RING_HALF = RING 
 static_assert(RING_ROW % 1024 == 0, "a ring row starts a group of 8 swizzled rows");
 static_assert(RING_W >= 3 + PRODUCT_W + S - 1, "a tap's window lies in the ring row");
 static_assert(RING >= R + 1, "a row is filled while three are read");
+constexpr bool COMPLETES = HALVES == 1;  // see Plan; two halves have no registers for it
 constexpr int ROUND = 2 * RING;  // rows after which slots and parities of barriers repeat
 
 // Staging: a row of outputs of each filter, from a whole sector on. 8 words further in their banks
@@ -72,7 +68,7 @@ struct BadRows {
 constexpr int REDO_FILTERS = 4;     // that a warp computes again at once
 constexpr int ITEMS_UNDER_WAY = 4;  // producers are RING rows ahead at most, items have 3 or more
 struct RingState {
-  unsigned long long full[RING], empty[RING], landed[PRODUCERS / 32][LANDINGS][COMINGS];
+  unsigned long long full[RING], empty[RING], landed[PRODUCERS / 32][LANDINGS];
   BadRows bad[ITEMS_UNDER_WAY];
   int weights_bad;
   float bias[BLOCK_K];
@@ -84,8 +80,8 @@ struct RingState {
       mbarrier_init(shared_address(&full[i]), PRODUCERS / 32);
       mbarrier_init(shared_address(&empty[i]), CONSUMERS / 32);
     }
-    for (int i = 0; i < PRODUCERS / 32 * LANDINGS * COMINGS; ++i) {
-      mbarrier_init(shared_address(&landed[0][0][0] + i), COMING);
+    for (int i = 0; i < PRODUCERS / 32 * LANDINGS; ++i) {
+      mbarrier_init(shared_address(&landed[0][0] + i), WARP_CHANNELS);
     }
     for (int i = 0; i < ITEMS_UNDER_WAY; ++i) bad[i] = {INT_MAX, -1};
     weights_bad = 0;
@@ -115,6 +111,11 @@ __device__ __forceinline__ int thread_again() {
 struct Plan {
   int strips, parts, rows, items;  // rows: of a part
   long long values;                // of x
+  int load_w;                      // columns of a row that are fetched
+  // Rows of x are whole strips and follow each other: what stands right of the last strip is the
+  // next row's begin. So the last strip computes the next row's first outputs as well, and
+  // completes the sector in which a row ends and the next begins.
+  bool completes;
 };
 struct Item {
   int n, oh0, rows, ow0;
@@ -130,10 +131,12 @@ __device__ __forceinline__ Item item_at(int index, const Plan& plan, const Conv&
 // rows, and some to start with.
 static Plan plan_for(const Conv& c, int blocks) {
   constexpr int START = 6;  // rows' worth
+  constexpr int MOST_ROWS = 128;  // of a part: longer ones took 2.5 % more time
   Plan best = {};
   long long least = LLONG_MAX;
   const int strips = (c.OW + TILE_W - 1) / TILE_W;
-  for (int parts = 1; parts <= min(c.OH, 64); ++parts) {
+  const int fewest = (c.OH + MOST_ROWS - 1) / MOST_ROWS;
+  for (int parts = fewest; parts <= max(fewest, min(c.OH, 64)); ++parts) {
     const int rows = (c.OH + parts - 1) / parts, real = (c.OH + rows - 1) / rows;
     const long long items = (long long)c.N * strips * real;
     const long long cost = (items + blocks - 1) / blocks * (rows + START);
@@ -141,6 +144,11 @@ static Plan plan_for(const Conv& c, int blocks) {
       least = cost;
       best = {strips, real, rows, (int)items, (long long)c.N * c.C * c.H * c.W};
     }
+  }
+  best.load_w = RING_W;
+  if (c.W % 4 == 0 && c.OW % 2 == 0 && c.pad_w % 4 == 0 && ALIGN == 8) {
+    best.load_w = TILE_W + 6 + S - 1;  // an even row begins 6 columns before a sector, at most
+    best.completes = COMPLETES && ALIGN == 8 && c.W % TILE_W == 0 && c.pad_w == 0 && c.pad_h == 0;
   }
   return best;
 }
@@ -178,7 +186,9 @@ struct Window {
     const Item at = item_at(cursor.item, plan, c);
     const int ih = at.oh0 - c.pad_h + cursor.row, iw = (at.ow0 - c.pad_w) & ~3;
     before = max(-iw, 0);
-    count = (unsigned)ih < (unsigned)c.H ? max(0, min(iw + RING_W, c.W) - (iw + before)) : 0;
+    const int end = COMPLETES && plan.completes && ih + 1 < c.H ? INT_MAX : c.W;
+    const int width = COMPLETES ? plan.load_w : RING_W;
+    count = (unsigned)ih < (unsigned)c.H ? max(0, min(iw + width, end) - (iw + before)) : 0;
     first = x + ((long long)at.n * c.C * c.H + ih) * c.W + iw + before;  // not read if count is 0
   }
 };
@@ -188,21 +198,21 @@ __device__ __forceinline__ int past_16_bytes(const float* p) {
   return (int)((unsigned long long)p >> 2 & 3);
 }
 
-// Starts the copies of 16 channels of a row, one a lane. WIDE: every piece starts and ends on 16
-// bytes. Otherwise the 16-byte pieces that hold it are copied; two of them may reach beyond the
+// Starts the copies of a warp's channels of a row, one a lane. WIDE: every piece starts and ends on
+// 16 bytes. Otherwise the 16-byte pieces that hold it are copied; two of them may reach beyond the
 // tensor, at its very begin and end: those rows are copied by hand.
 template <bool WIDE>
 __device__ __forceinline__ void fetch(unsigned char* landing, unsigned landed, int channel0,
                                       const Window& at, const float* __restrict__ x,
                                       long long values, const Conv& c) {
-  const int lane = threadIdx.x % 32;
-  if (lane >= COMING) return;
+  const int lane = thread_again() & 31;
+  if (lane >= WARP_CHANNELS) return;
   const int channel = opaque(channel0 + lane);
   const int count = channel < c.C ? at.count : 0;
   const float* const from = at.first + (long long)channel * c.H * c.W;
   const int lead = WIDE ? 0 : past_16_bytes(from);
   int bytes = count == 0 ? 0 : WIDE ? count * 4 : (lead + count + 3) / 4 * 16;
-  float* const to = reinterpret_cast<float*>(landing + lane * LANDING_PITCH) + (at.before & ~3);
+  float* const to = reinterpret_cast<float*>(landing + lane * LANDING_PITCH) + at.before;
   if (!WIDE && bytes > 0) {
     if (from - lead < x || from - lead + bytes / 4 > x + values) {
       for (int i = 0; i < count; ++i) to[lead + i] = __ldg(from + i);
@@ -231,62 +241,77 @@ __device__ __forceinline__ __half2 lo_of(float a, float b, __half2 hi) {
   return __floats2half2_rn(LO_SCALE * (a - __low2float(hi)), LO_SCALE * (b - __high2float(hi)));
 }
 
-// Converts 16 channels of a row, from channel0 on, to hi or to lo halves. A lane takes 8 channels
-// of a pixel at a time (4, where it also has to find out where a channel's row begins): neighbours
-// read neighbouring words, and write 8 different chunks, any 8 of them. Whether fp16 holds a run,
-// 4 pixels of a channel, is asked only if not every value by itself is good.
-template <bool WIDE, int HALF>
+// Converts two runs, the same 4 pixels of two channels: a load of 16 bytes brings a run, whose
+// largest magnitude no other lane has to know, and two channels of a pixel are one store. `to`:
+// bytes from the ring row's start to the first pixel's place. WHOLE: the runs are in the image.
+// Otherwise `there` of their pixels are, or more; and unless WIDE, the first channel's row begins
+// `phase` floats from 16 bytes of memory, of which only the last bits count.
+template <bool WIDE, bool WHOLE>
+__device__ __forceinline__ void convert_runs(const float* from, unsigned char* ring, int to,
+                                             int channels, int there, int phase, const Conv& c,
+                                             float factor, HalfRuns& seen) {
+  const float* const runs[2] = {from, from + LANDING_PITCH / 4};
+  const int count[2] = {WHOLE || channels > 0 ? there : 0, WHOLE || channels > 1 ? there : 0};
+  float v[2][4], largest[2];
+  if (WIDE) {
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 four = *reinterpret_cast<const float4*>(runs[i]);
+      v[i][0] = count[i] > 0 ? four.x : 0.0f;
+      v[i][1] = count[i] > 0 ? four.y : 0.0f;
+      v[i][2] = count[i] > 0 ? four.z : 0.0f;
+      v[i][3] = count[i] > 0 ? four.w : 0.0f;
+    }
+  }
+  #pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!WIDE) v[i][j] = j < count[i] ? runs[i][(phase + i * c.H * c.W & 3) + j] : 0.0f;
+      largest[i] = j == 0 ? fabsf(v[i][j]) : larger_magnitude(largest[i], v[i][j]);
+    }
+    const float v0 = factor * v[0][j], v1 = factor * v[1][j];
+    const __half2 hi = hi_of(v0, v1);
+    // p % 8 is 0 or 4 for the first pixel, so the swizzle only has to take j in
+    __half2* const place = reinterpret_cast<__half2*>(ring + (to ^ j << 4) + j * PIXEL);
+    *place = hi;
+    if (HALVES == 2) place[RING_HALF / 4] = lo_of(v0, v1, hi);
+  }
+  seen.look_at(largest[0]);
+  seen.look_at(largest[1]);
+}
+
+// Converts a warp's channels of a row, from channel0 on, and says whether fp16 holds them.
+template <bool WIDE>
 __device__ __forceinline__ bool convert(const unsigned char* landing, unsigned char* ring,
                                         int channel0, const Window& at, const Conv& c,
                                         int scale) {
-  constexpr int DEEP = WIDE ? 8 : 4;  // a unit: so many channels of 32 pixels
-  constexpr int DEPTHS = COMING / DEEP, WIDTHS = TILE_W / 32;
-  using Chunk = std::conditional_t<WIDE, uint4, uint2>;
-  const int lane = threadIdx.x % 32;
+  // a unit: 16 pixels of all channels, two runs a lane
+  constexpr int UNIT_W = 16, UNITS = RING_W / UNIT_W, WHOLE_UNITS = TILE_W / UNIT_W;
+  static_assert(UNIT_W / 4 * WARP_CHANNELS / 2 == 32, "every lane has runs");
   const float factor = power_of_two(opaque(scale));
-  const HalfRange range(opaque(scale));
-  bool good = true;
-  #pragma unroll 1
-  for (int unit = 0; unit < DEPTHS * WIDTHS + DEPTHS / 2; ++unit) {
-    const bool halo = unit >= DEPTHS * WIDTHS;
-    const int pixel = halo ? TILE_W + lane % 16 : unit % WIDTHS * 32 + lane;
-    const int depth = (halo ? (unit - DEPTHS * WIDTHS) * 2 + lane / 16 : unit / WIDTHS) * DEEP;
-    const bool inside = (unsigned)(pixel - at.before) < (unsigned)at.count;
-    const int channels = inside ? c.C - channel0 - depth : 0;
-    const float* const from = reinterpret_cast<const float*>(landing + depth * LANDING_PITCH) +
-                              pixel - (WIDE ? 0 : at.before & 3);
-    const int phase = past_16_bytes(at.first) + (channel0 + depth) * c.H * c.W;
-    const auto value = [&](int i) {
-      // where the channel's row begins within 16 bytes of memory; only the last bits count
-      const int lead = WIDE ? 0 : (phase + i * c.H * c.W) & 3;
-      return i < channels ? from[i * (LANDING_PITCH / 4) + lead] : 0.0f;
-    };
-    unsigned char* const to =
-        ring + in_row(pixel, (channel0 + depth) / 8) + (channel0 + depth) % 8 * 2;
-    bool all = true;
-    alignas(16) __half2 chunk[DEEP / 2];
+  HalfRuns seen;
+  const int lane = thread_again() & 31, run = (lane & 3) * 4, depth = (lane >> 2) * 2;
+  int unit = 0;
+  if (WIDE && at.before == 0 && at.count >= TILE_W && channel0 + WARP_CHANNELS <= c.C) {
+    const float* const from = reinterpret_cast<const float*>(landing + depth * LANDING_PITCH) + run;
+    const int to = in_row(run, (channel0 + depth) / 8) + (depth & 7) * 2;
     #pragma unroll
-    for (int i = 0; i < DEEP / 2; ++i) {
-      const float v0 = value(2 * i), v1 = value(2 * i + 1);
-      chunk[i] = hi_of(factor * v0, factor * v1);
-      if (HALF == 0) {
-        all = all && range.holds(magnitude(v0)) && range.holds(magnitude(v1));
-      } else {
-        chunk[i] = lo_of(factor * v0, factor * v1, chunk[i]);
-      }
-    }
-    *reinterpret_cast<Chunk*>(to + HALF * RING_HALF) = *reinterpret_cast<const Chunk*>(chunk);
-    if (__all_sync(0xffffffffu, all)) continue;
-    #pragma unroll 1
-    for (int i = 0; i < DEEP; ++i) {
-      unsigned run = magnitude(value(i));
-      for (int lanes = 1; lanes < 4; lanes *= 2) {
-        run = max(run, __shfl_xor_sync(0xffffffffu, run, lanes));
-      }
-      good = good && range.holds(run);
+    for (; unit < WHOLE_UNITS; ++unit) {
+      convert_runs<WIDE, true>(from + unit * UNIT_W, ring + unit * UNIT_W * PIXEL, to, 2, 4, 0,
+                               c, factor, seen);
     }
   }
-  return good;
+  #pragma unroll 1
+  for (; unit < UNITS; ++unit) {
+    const int pixel = unit * UNIT_W + run, channel = channel0 + depth;
+    const int there = pixel >= at.before ? at.count - (pixel - at.before) : 0;
+    convert_runs<WIDE, false>(
+        reinterpret_cast<const float*>(landing + depth * LANDING_PITCH) + pixel, ring,
+        in_row(pixel, channel / 8) + (depth & 7) * 2, c.C - channel, there,
+        past_16_bytes(at.first) + channel * c.H * c.W, c, factor, seen);
+  }
+  return HalfRange(opaque(scale)).holds(seen);
 }
 
 template <bool WIDE>
@@ -296,53 +321,40 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
   // shuffled: so the compiler knows that it is the same for a whole warp
   const int warp = __shfl_sync(0xffffffffu, (int)(threadIdx.x - CONSUMERS) / 32, 0);
   unsigned char* const landings = shared + warp * LANDINGS * LANDING;
-  const int item_step = gridDim.x / blocks_k;
-  Cursor now = {(int)blockIdx.x / blocks_k, 0};
-  const auto landing = [&](int place, int coming) {
-    return landings + place * LANDING + coming * COMING * LANDING_PITCH;
-  };
-  const auto fetch_part = [&](const Cursor& row, int place, int coming) {
+  const int channel0 = warp * WARP_CHANNELS, item_step = gridDim.x / blocks_k;
+  const auto fetch_row = [&](const Cursor& row, int place) {
     if (row.item >= plan.items) return;
-    fetch<WIDE>(landing(place, coming), shared_address(&state->landed[warp][place][coming]),
-                warp * WARP_CHANNELS + coming * COMING, Window(x, c, plan, row), x, plan.values, c);
+    fetch<WIDE>(landings + place * LANDING, shared_address(&state->landed[warp][place]), channel0,
+                Window(x, c, plan, row), x, plan.values, c);
   };
+  Cursor now = {(int)blockIdx.x / blocks_k, 0};
   {
-    Cursor row = now;
+    Cursor ahead = now;
     #pragma unroll 1
-    for (int i = 0; i < LANDINGS * COMINGS; ++i) {
-      fetch_part(row, i / COMINGS, i % COMINGS);
-      if (i % COMINGS == COMINGS - 1) row.next(plan, c, item_step);
+    for (int place = 0; place < LANDINGS; ++place) {
+      fetch_row(ahead, place);
+      ahead.next(plan, c, item_step);
     }
   }
   #pragma unroll 1
   for (int q = 0; now.item < plan.items; ++q) {  // rows so far
     const int place = q % LANDINGS, slot = q % RING;
     mbarrier_wait(shared_address(&state->empty[slot]), q / RING & 1);
-    #pragma unroll 1
-    for (int coming = 0; coming < COMINGS; ++coming) {
-      mbarrier_wait(shared_address(&state->landed[warp][place][coming]), q / LANDINGS & 1);
-      const bool good = convert<WIDE, 0>(landing(place, coming),
-                                         shared + RING_AT + slot * RING_ROW,
-                                         warp * WARP_CHANNELS + coming * COMING,
-                                         Window(x, c, plan, now), c, scale);
-      if (!good) {
-        BadRows& bad = state->bad[under_way(now.item, blocks_k)];
-        atomicMin(&bad.first, now.row);
-        atomicMax(&bad.last, now.row);
-      }
-      if (HALVES == 2) {
-        convert<WIDE, 1>(landing(place, coming), shared + RING_AT + slot * RING_ROW,
-                         warp * WARP_CHANNELS + coming * COMING, Window(x, c, plan, now), c, scale);
-      }
-      fence_async_proxy();
-      __syncwarp();
-      Cursor ahead = now;
-      #pragma unroll 1
-      for (int i = 0; i < LANDINGS; ++i) ahead.next(plan, c, item_step);
-      fetch_part(ahead, place, coming);
+    mbarrier_wait(shared_address(&state->landed[warp][place]), q / LANDINGS & 1);
+    if (!convert<WIDE>(landings + place * LANDING, shared + RING_AT + slot * RING_ROW, channel0,
+                       Window(x, c, plan, now), c, scale)) {
+      BadRows& bad = state->bad[under_way(now.item, blocks_k)];
+      atomicMin(&bad.first, now.row);
+      atomicMax(&bad.last, now.row);
     }
+    fence_async_proxy();
+    __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state->full[slot]));
     now.next(plan, c, item_step);
+    Cursor ahead = now;  // LANDINGS rows from the one that was converted
+    #pragma unroll 1
+    for (int i = 1; i < LANDINGS; ++i) ahead.next(plan, c, item_step);
+    fetch_row(ahead, place);
   }
 }
 
@@ -460,7 +472,8 @@ struct Out {
   int plane;      // floats from a filter to the next; an image has less than 2^31
   int filters;    // of the block's that there are
   int columns;    // of the strip's and its right neighbours' that there are
-  bool leftmost;  // no strip on the left
+  bool leftmost;  // no strip on the left writes the columns up to the first aligned one
+  bool completes;  // the next row's, which follow this one's
 };
 
 // Where a row of an item is to go. Worked out anew each time: registers are needed for weights and
@@ -469,8 +482,14 @@ __device__ __forceinline__ Out out_row(int item, int row, float* y, const Conv& 
                                        const Plan& plan, int blocks_k) {
   const Item at = item_at(item, plan, c);
   const int k0 = opaque(blockIdx.x) % blocks_k * BLOCK_K;
-  return {y + (((long long)at.n * c.K + k0) * c.OH + at.oh0 + row) * c.OW + at.ow0, c.OH * c.OW,
-          c.K - k0, c.OW - at.ow0, at.ow0 == 0};
+  const int oh = at.oh0 + row;
+  const bool completes = COMPLETES && plan.completes;
+  return {y + (((long long)at.n * c.K + k0) * c.OH + oh) * c.OW + at.ow0,
+          c.OH * c.OW,
+          c.K - k0,
+          c.OW - at.ow0,
+          at.ow0 == 0 && !(completes && oh > 0),
+          completes && at.ow0 + TILE_W >= c.OW && oh + 1 < c.OH};
 }
 
 // Finishes a warp's 8 filters from k on of one output row and puts them into shared memory, each
@@ -489,7 +508,11 @@ __device__ __forceinline__ void stage(const Sums& sum, int eight, int k, int lan
     const float v0 = fmaf(sum[4 * j + eight * 2], factor, bias);
     const float v1 = fmaf(sum[4 * j + eight * 2 + 1], factor, bias);
     if (EVEN) {
-      if (j > 0 || column >= skip) *reinterpret_cast<float2*>(to + 8 * j) = make_float2(v0, v1);
+      // a strip that completes the next row has its begin S - 1 columns further right
+      const bool completes = COMPLETES && out.completes;
+      if (j == TILE_W / 8 - 1 && completes && column == 6) continue;
+      float* const two = j == TILE_W / 8 && completes ? to - (S - 1) : to;
+      if (j > 0 || column >= skip) *reinterpret_cast<float2*>(two + 8 * j) = make_float2(v0, v1);
     } else {
       if (j > 0 || column >= skip) to[8 * j] = v0;
       if (j > 0 || column + 1 >= skip) to[8 * j + 1] = v1;
@@ -510,7 +533,10 @@ __device__ __forceinline__ void send(int k, int lane, const Out& out,
   k += lane;
   if (lane < 16 && k < out.filters) {
     float* const row = out.first + (long long)k * out.plane;
-    const int skip = columns_to_aligned(row), count = min(out.columns - skip, TILE_W);
+    const int skip = columns_to_aligned(row);
+    const int count = out.completes
+                          ? out.columns - skip + columns_to_aligned(row + out.columns)
+                          : min(out.columns - skip, TILE_W);
     const float* const from = reinterpret_cast<const float*>(staging + k * STAGING_PITCH);
     if (count >= 4) {
       if (EVICT_STORES) {
@@ -536,7 +562,9 @@ __device__ __forceinline__ void compute_in_fp32(const float* __restrict__ x,
     #pragma unroll 1
     for (int i = 0; i < c.C * TAPS; ++i) {
       const int channel = i / TAPS, tap = i % TAPS;
-      const int ih = oh - c.pad_h + tap / S, iw = ow0 - c.pad_w + tap % S + column;
+      const int next = out.completes && column >= out.columns + S - 1;  // the next row
+      const int ih = oh - c.pad_h + tap / S + next;
+      const int iw = (next ? -out.columns - (S - 1) : ow0 - c.pad_w) + tap % S + column;
       const bool inside = (unsigned)ih < (unsigned)c.H && (unsigned)iw < (unsigned)c.W;
       const float value =
           inside ? __ldg(x + (((long long)n * c.C + channel) * c.H + ih) * c.W + iw) : 0.0f;
@@ -553,6 +581,11 @@ __device__ __forceinline__ void compute_in_fp32(const float* __restrict__ x,
       const int skip = columns_to_aligned(row);
       const int begin = out.leftmost ? 0 : skip, end = min(skip + TILE_W, out.columns);
       if (column >= begin && column < end) row[column] = sum[k] + biases[k0 + k];
+      if (!out.completes || column < out.columns + S - 1) continue;
+      const int first = column - (out.columns + S - 1);  // of the next row
+      if (first < columns_to_aligned(row + out.columns)) {
+        row[out.columns + first] = sum[k] + biases[k0 + k];
+      }
     }
   }
 }

@@ -221,32 +221,15 @@ __device__ __forceinline__ void load_unit(float (&v)[8][4], const float* __restr
 }
 
 // Converts a unit and writes it to the pixel row at `to`, whose unit column is u. Returns whether
-// its runs hold: the 4 pixels, or, if they are too small by themselves, up to 16 of that row.
-// All lanes of a warp call it; `line` tells lanes of different rows or channels apart.
+// fp16 holds its runs, the 4 pixels of a channel.
 __device__ __forceinline__ bool convert_unit(char* to, const float (&v)[8][4], int u, int half,
-                                             bool there, int line, float scale,
+                                             bool there, float scale,
                                              const HalfRange& range) {
-  unsigned largest[8];
-  bool holds = true;
+  HalfRuns seen;
   #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    largest[i] = max(max(magnitude(v[i][0]), magnitude(v[i][1])),
-                     max(magnitude(v[i][2]), magnitude(v[i][3])));
-    holds = holds && range.holds(largest[i]);
-  }
-  if (__any_sync(0xffffffffu, !holds)) {  // rare: ask the neighbours
-    #pragma unroll
-    for (int lanes = 1; lanes <= 2; lanes *= 2) {
-      const bool same = __shfl_xor_sync(0xffffffffu, line, lanes) == line;
-      #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const unsigned other = __shfl_xor_sync(0xffffffffu, largest[i], lanes);
-        if (same) largest[i] = max(largest[i], other);
-      }
-    }
-    holds = true;
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) holds = holds && range.holds(largest[i]);
+    seen.look_at(larger_magnitude(larger_magnitude(v[i][0], v[i][1]),
+                                  larger_magnitude(v[i][2], v[i][3])));
   }
   unsigned pixel[4][4];
   #pragma unroll
@@ -276,7 +259,7 @@ __device__ __forceinline__ bool convert_unit(char* to, const float (&v)[8][4], i
           make_uint4(pixel[p][0], pixel[p][1], pixel[p][2], pixel[p][3]);
     }
   }
-  return holds;
+  return range.holds(seen);
 }
 
 // ---- weights
@@ -556,7 +539,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int e = 0; e < UNITS_EACH; ++e) {
       const int u = e * THREADS + thread_again(), line = u / UNITS_W;
       holds &= convert_unit(input + turn * INPUT_BYTES + line % ROWS * PITCH * ROW_BYTES, unit[e],
-                            u % UNITS_W, line / ROWS, u < UNITS, line, scale, range);
+                            u % UNITS_W, line / ROWS, u < UNITS, scale, range);
     }
     if (!RESIDENT) {
       holds &= convert_weights(weights + turn * WEIGHT_BYTES, h.scratch[warp], h.exponent, w, c, f,
@@ -699,7 +682,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             load_unit<WIDE>(unit, x, c, f, at.n, c0 + half * 8, ih0 + row * step_h,
                             iw0 + 4 * column * step_w, step_w, u < units);
             holds &= convert_unit(input + row * pitch * ROW_BYTES, unit, column, half, u < units,
-                                  line, scale, range);
+                                  scale, range);
           }
         }
         holds &= convert_weights(weights, h.scratch[warp], h.exponent, w, c, f, c0, tap0, count);

@@ -100,6 +100,19 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[
 }
 """
 
+MAX_NAN = r"""
+// PTX ISA 9.7.3.12, max.NaN: the larger magnitude; NaN if one is NaN.
+__device__ __forceinline__ float larger_magnitude(float a, float b) {
+#ifdef __CUDACC__
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(larger) : "f"(fabsf(a)), "f"(fabsf(b)));
+  return larger;
+#else
+  return emu::max_nan(fabsf(a), fabsf(b));
+#endif
+}
+"""
+
 HOPPER = r"""
 // ---- sm_90a: barriers in shared memory, warpgroup matrix products. Where an error of the CPU twin
 // is to name the line of the call, the twin is a function of its own.
@@ -182,17 +195,6 @@ __device__ __forceinline__ float4 load_four_if(bool predicate, const float* from
   return v;
 #else
   return emu::load_if<float4>(predicate, from);
-#endif
-}
-
-// PTX ISA 9.7.3.12, max.NaN: the larger magnitude; NaN if one is NaN.
-__device__ __forceinline__ float larger_magnitude(float a, float b) {
-#ifdef __CUDACC__
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(larger) : "f"(fabsf(a)), "f"(fabsf(b)));
-  return larger;
-#else
-  return emu::max_nan(fabsf(a), fabsf(b));
 #endif
 }
 
