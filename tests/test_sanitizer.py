@@ -32,8 +32,11 @@ def sanitizer() -> str | None:
 @pytest.mark.skipif(sanitizer() is None, reason="no compute-sanitizer on this machine")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_finds_nothing(tool: str) -> None:
-    build.load_all([(rung, {}) for rung in KERNELS])  # not under the tool
-    numbers = [rung.name for rung in KERNELS]
+    # racecheck does not know mbarriers: of k07 and k08 it reports what goes through shared memory
+    # and is ordered by one. The CPU backend knows them and looks for races (test_kernels.py).
+    kernels = [r for r in KERNELS if tool != "racecheck" or r.arch != "90a"]
+    build.load_all([(rung, {}) for rung in kernels])  # not under the tool
+    numbers = [rung.name for rung in kernels]
     command = [sanitizer(), "--tool", tool, "--error-exitcode", "9", "--print-limit", "3"]
     command += [sys.executable, str(Path(__file__).with_name("sanitized.py")), *numbers]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
