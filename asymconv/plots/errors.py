@@ -199,7 +199,7 @@ def error_and_time(record: Record, source: str = records.LADDER.name) -> Figure:
         axes.set_yscale("log")
         times, errors = [t.median for t in methods], [t.error for t in methods]
         axes.set_xlim(0.8 * floor, 1.6 * max(times))
-        axes.set_ylim(min(errors) / 2.5, max(errors) * 2.5)
+        axes.set_ylim(min(errors) / 4, max(errors) * 8)
         ticks = decades(*axes.get_xlim())
         draw_ticks(axes, "x", ticks, [f"{t / 1e3:g} s" if t >= 1e3 else f"{t:g} ms" for t in ticks])
         ticks = decades(*axes.get_ylim())
@@ -213,7 +213,7 @@ def error_and_time(record: Record, source: str = records.LADDER.name) -> Figure:
         write_note(axes, floor, centre, text, dx=5, color=colour("memory floor"))
         for timing in methods:
             draw_point(axes, timing.median, timing.error, timing.name)
-        _label_points(axes, methods, height)
+        _label_points(axes, methods, WIDTH - left - MARGIN - 60)
         low, high = axes.get_xlim()
         middle, foot = math.sqrt(low * high), axes.get_ylim()[0]
         text = "time, milliseconds, logarithmic"
@@ -222,13 +222,31 @@ def error_and_time(record: Record, source: str = records.LADDER.name) -> Figure:
     return figure
 
 
-def _label_points(axes: Axes, methods: Sequence[Timing], height: float) -> None:
-    """Names of methods above or below their points, turns taken so that neighbours stay apart."""
+def _label_points(axes: Axes, methods: Sequence[Timing], width: float) -> None:
+    """Names of methods above or below their points, each at the first height where it is free.
+
+    width: of the axes, in points.
+    """
+    low, high = axes.get_xlim()
     middle = math.sqrt(axes.get_ylim()[0] * axes.get_ylim()[1])
     for upper in (True, False):
+        taken: dict[int, list[tuple[float, float]]] = {}  # by height: from, to, in points
         row = sorted((t for t in methods if (t.error > middle) == upper), key=lambda t: t.median)
-        for place, timing in enumerate(row):
-            up = place % 2 == 0
-            dy = (12 + 13 * (place % 4 // 2)) * (1 if up else -1) - (0 if up else 6)
+        for timing in row:
             name = short_name(timing.name)
+            x = width * math.log(timing.median / low) / math.log(high / low)
+            half = 2.9 * len(name) + 4
+            level = next(
+                level
+                for level in (1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, *range(7, 99))
+                if all(x + half < a or b < x - half for a, b in taken.get(level, ()))
+            )
+            taken.setdefault(level, []).append((x - half, x + half))
+            dy = 13 * level - 1 if level > 0 else 13 * level - 5
+            if abs(level) > 1:
+                line = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.6}
+                at = (timing.median, timing.error)
+                axes.annotate(
+                    "", at, (0, dy), textcoords="offset points", arrowprops=line, zorder=1
+                )
             write_note(axes, timing.median, timing.error, name, dy=dy, ha="center", backed=True)
