@@ -19,7 +19,7 @@ import torch
 
 from asymconv import build, record
 from asymconv.check import Method, random_data, reference
-from asymconv.kernels import CANDIDATES, RUNGS, Rung
+from asymconv.kernels import RUNGS, Rung
 from asymconv.measure import ALL_PEERS
 from asymconv.problem import ConvShape
 
@@ -356,7 +356,7 @@ def _errors(
 
 def rungs_to_measure() -> tuple[Rung, ...]:
     """The last rung on plain fp32 units and those on tensor cores, candidates among them."""
-    return tuple(rung for rung in (*RUNGS, *CANDIDATES) if rung.capability >= (8, 0))
+    return tuple(rung for rung in RUNGS if rung.capability >= (8, 0))
 
 
 PEERS = ("nn.Conv2d", "nn.Conv2d, strict fp32", "autocast fp16")

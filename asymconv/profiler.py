@@ -23,7 +23,7 @@ import torch
 
 from asymconv import build, cpu, record
 from asymconv.check import random_data
-from asymconv.kernels import CANDIDATES, RUNGS, Rung, get_rung
+from asymconv.kernels import RUNGS, Rung, get_rung
 from asymconv.problem import CONTRACT, ConvShape
 
 PROOF = ConvShape(8, 8, 20, 132, 16)
@@ -210,7 +210,7 @@ class Profile:
         """
         if later.made["gpu"] != self.made["gpu"]:
             return later
-        hashes = {rung.name: rung.source_hash for rung in (*RUNGS, *CANDIDATES)}
+        hashes = {rung.name: rung.source_hash for rung in RUNGS}
 
         def key(c: Counters) -> tuple[object, ...]:
             return (c.name, c.shape, tuple(sorted(c.defines.items())))

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from asymconv import asymmetry, build, check, hints, measure, predictions, profiler, record, tables
 from asymconv.asymmetry import SERIES, SLOW, SLOW_FILTERS, Series, get_series
 from asymconv.cli import app
-from asymconv.kernels import CANDIDATES, RUNGS, Rung, get_rung
+from asymconv.kernels import RUNGS, Rung, get_rung
 from asymconv.measure import ALL_PEERS, PEERS, Peer, Timing
 from asymconv.problem import CONTRACT, ConvShape
 
@@ -316,7 +316,7 @@ def test_k07s_plan_is_the_kernels() -> None:
     plan = predictions.strips(CONTRACT)
     assert (plan.strips, plan.parts, plan.rows, plan.items, plan.turns) == (8, 4, 128, 256, 2)
     assert plan.cost == pytest.approx(2 * 134 * 132 * 128 / (8 * 510 * 1022))
-    for rung in (*RUNGS, *CANDIDATES):
+    for rung in RUNGS:
         if rung.number == "k07":  # the lines of `plan_for` that the function above repeats
             for line in (
                 f"constexpr int START = {predictions.START_ROWS};",

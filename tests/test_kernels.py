@@ -17,10 +17,10 @@ from asymconv.accuracy import HARD
 from asymconv.check import check, random_data, reference
 from asymconv.check import tolerance as check_tolerance
 from asymconv.cpu import EmulationError
-from asymconv.kernels import CANDIDATES, RUNGS, Rung, get_rung
+from asymconv.kernels import RUNGS, Rung, get_rung
 from asymconv.problem import CONTRACT, ConvShape
 
-KERNELS = (*RUNGS, *CANDIDATES)
+KERNELS = RUNGS
 TENSOR_CORES = [rung for rung in KERNELS if rung.capability >= (8, 0)]
 
 ODD_SHAPES = [
@@ -301,7 +301,7 @@ def test_offsets_beyond_32_bits(rung: Rung) -> None:
 
 # bytes: one nvcc of two keeps 3 registers of k04 in memory, once for each chunk of channels; k08
 # keeps some where rows are of odd length or begin anywhere, none on the contract's shape
-SPILLED = {"k04": 16, "k08": 120}
+SPILLED = {"k04": 16, "k08": 100}
 
 
 @nvcc
@@ -314,5 +314,7 @@ def test_compiles_for_hopper_without_spills(rung: Rung, record_property) -> None
         record_property(kernel.function, f"{kernel.registers} registers, {kernel.shared} B shared")
         print(f"{rung.number} {kernel}")
         assert 0 < kernel.registers <= 255
-        most = SPILLED.get(rung.number, 0)
+        on_the_contract = "ILb1ELb1E" in kernel.function  # rows of x on 16 bytes, of y on 8
+        hopper = rung.arch == "90a" and on_the_contract
+        most = 0 if hopper else SPILLED.get(rung.number, 0)
         assert max(kernel.spill_stores, kernel.spill_loads, kernel.stack) <= most

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -11,8 +12,9 @@ from pathlib import Path
 import typer
 import yaml
 
+from asymconv import comparison, record
 from asymconv.cli import app
-from asymconv.kernels import CANDIDATES, RUNGS
+from asymconv.kernels import RUNGS
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -54,8 +56,7 @@ def test_rungs_are_numbered_in_order_and_named_as_their_files() -> None:
     folder = ROOT / "asymconv" / "kernels"
     names = [rung.name for rung in RUNGS]
     assert names == sorted(names)
-    names += [rung.name for rung in CANDIDATES]
-    assert sorted(names) == sorted(path.stem for path in folder.glob("k[0-9][0-9]_*.py"))
+    assert names == sorted(path.stem for path in folder.glob("k[0-9][0-9]_*.py"))
     for rung in RUNGS:
         assert (ROOT / "notebooks" / f"{rung.notebook}.ipynb").exists()
 
@@ -94,3 +95,18 @@ def test_tests_are_collected_without_jupyter() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
     assert "test_timing_on_this_gpu" in done.stdout
+
+
+def test_the_readmes_claims_are_what_the_records_give() -> None:
+    readme = (ROOT / "README.md").read_text()
+    ladder, network = record.load(record.LADDER), comparison.load_network()
+    theirs, strict = ladder["nn.Conv2d"].median, ladder["nn.Conv2d, strict fp32"].median
+    ours = ladder["k07"].median
+    before, after = (network.forward[name] for name in (comparison.THEIRS, comparison.OURS))
+    for claim in (
+        f"{theirs / ours:.2f} times as fast as PyTorch's default",
+        f"{strict / ladder['k08'].median:.1f} times as fast as PyTorch's strict fp32",
+        f"k07 takes {ours / ladder['memory floor'].median:.2f} times what moving the bytes alone",
+        f"takes {statistics.median(after):.0f} ms converted and {statistics.median(before):.0f}",
+    ):
+        assert claim in readme, claim

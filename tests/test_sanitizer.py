@@ -11,9 +11,9 @@ import pytest
 from conftest import gpu
 
 from asymconv import build
-from asymconv.kernels import CANDIDATES, RUNGS
+from asymconv.kernels import RUNGS
 
-KERNELS = (*RUNGS, *CANDIDATES)
+KERNELS = RUNGS
 
 
 def sanitizer() -> str | None:

@@ -23,10 +23,6 @@ RUNGS: tuple[Rung, ...] = (
     k08_hopper_split.RUNG,
 )
 
-CANDIDATES: tuple[Rung, ...] = ()
-"""Rungs to come: right on the CPU backend, compiled, but not yet run on a GPU. Nothing dispatches
-to them and no record has them; once the H100 has seen them they move to `RUNGS`, or away."""
-
 
 def get_rung(name: str) -> Rung:
     """The rung of this name or number ("k02_block_per_pixel" or "k02").
@@ -34,10 +30,10 @@ def get_rung(name: str) -> Rung:
     Raises:
         KeyError: there is none; the message lists those there are.
     """
-    for rung in (*RUNGS, *CANDIDATES):
+    for rung in RUNGS:
         if name in (rung.name, rung.number):
             return rung
     raise KeyError(f"no rung {name!r}; there are {', '.join(r.name for r in RUNGS)}")
 
 
-__all__ = ["CANDIDATES", "RUNGS", "ConvStruct", "Precision", "Rung", "get_rung"]
+__all__ = ["RUNGS", "ConvStruct", "Precision", "Rung", "get_rung"]

@@ -617,8 +617,8 @@ HOPPER_KERNEL = r"""
 constexpr int SHARED_BYTES = STATE_AT + sizeof(State);
 static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than a block can have");
 
-// WIDE: rows of x start on 16 bytes. EVEN: rows of y start on 8. __maxnreg__, since
-// __launch_bounds__ rounds threads up to whole warpgroups, and would leave 320 too few registers.
+// WIDE: rows of x start on 16 bytes. EVEN: rows of y start on 8. __maxnreg__ says what a thread is
+// launched with, and so what setmaxnreg has to share out.
 template <bool WIDE, bool EVEN>
 __global__ void __maxnreg__(LAUNCH_REGISTERS)
     conv2d_hopper(const float* __restrict__ x, const float* __restrict__ w,
