@@ -195,6 +195,25 @@ def test_dark_columns_beside_bright_ones(rung: Rung, backend: str) -> None:
     assert accuracy.worst(y, x, weight, shape) <= 1e-6
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("often", [1, 7], ids=["many", "few"])
+@pytest.mark.parametrize(
+    "shape", [ConvShape(2, 3, 9, 256, 9), ConvShape(1, 5, 12, 141, 20, padding=1)], ids=str
+)
+@pytest.mark.parametrize("rung", TENSOR_CORES, ids=lambda r: r.name)
+def test_dark_runs_among_zeros(rung: Rung, shape: ConvShape, often: int, backend: str) -> None:
+    """As after a ReLU: a channel of zeros, and 1e-9 here and there, which some outputs see alone."""
+    x, weight, _ = random_data(shape, device_of(backend), seed=7)
+    x[:, 0] = 0.0
+    weight[::2, 1:] = 0.0
+    places = [(h, w) for w in (0, 3, 57, 124, 130, shape.width - 1) for h in range(shape.height)]
+    for h, w in places[:: often + often // 2]:
+        x[:, 0, h, w] = 1e-9 * (1 + h)
+    y = build.load(rung, backend)(x, weight, None, shape)
+    allowed = check_tolerance(rung.precision, shape.terms).element
+    assert accuracy.worst(y, x, weight, shape) <= allowed
+
+
 @gpu
 @pytest.mark.parametrize("rung", TENSOR_CORES, ids=lambda r: r.name)
 def test_capture_in_a_cuda_graph(rung: Rung) -> None:

@@ -65,12 +65,18 @@ static_assert(RING_AT + CONSUMERS / 32 * TURN <= STATE_AT, "the weights' way");
 struct BadRows {
   int first, last;
 };
-constexpr int REDO_FILTERS = 4;     // that a warp computes again at once
+struct BadRun {
+  int row, pixel;  // of the item's window, the first of 4
+};
+constexpr int MOST_BAD_RUNS = 32;   // of an item: more, and whole rows are computed again
+constexpr int REDO_W = 4 + S - 1;   // columns that see a run: a warp computes so many at once
+constexpr int REDOS_W = (PRODUCT_W + REDO_W - 1) / REDO_W;
 constexpr int ITEMS_UNDER_WAY = 4;  // producers are RING rows ahead at most, items have 3 or more
 struct RingState {
   unsigned long long full[RING], empty[RING], landed[PRODUCERS / 32][LANDINGS];
   BadRows bad[ITEMS_UNDER_WAY];
-  int weights_bad;
+  int scale, weights_bad, bad_runs;  // scale: the exponent that x is scaled by
+  BadRun bad_run[MOST_BAD_RUNS];
   float bias[BLOCK_K];
   signed char exponent[BLOCK_K];  // of the power of two that makes sums outputs
 
@@ -550,64 +556,123 @@ __device__ __forceinline__ void send(int k, int lane, const Out& out,
   bulk_commit();
 }
 
-// Filters k0 to k0 + 3 of one output row again, in fp32 from global memory, by one warp: for values
-// that fp16 cannot hold. Right for any input, and slow; in few registers, since the weights stay.
+// REDO_W outputs of one filter and row, from column0 on, again in fp32 from global memory, by one
+// warp, whose lanes share the terms: for values that fp16 cannot hold. Right for any input.
 __device__ __forceinline__ void compute_in_fp32(const float* __restrict__ x,
                                                 const float* __restrict__ w, const Conv& c,
-                                                const Out& out, const float* biases, int first_k,
-                                                int k0, int n, int oh, int ow0) {
+                                                const Out& out, float bias, int k, int n, int oh,
+                                                int ow0, int column0) {
+  const int lane = thread_again() & 31, terms = c.C * TAPS;
+  const float* const filter = w + (long long)(c.K - out.filters + k) * terms;
+  float sum[REDO_W] = {};
   #pragma unroll 1
-  for (int column = threadIdx.x % 32; column < PRODUCT_W; column += 32) {
-    float sum[REDO_FILTERS] = {};
-    #pragma unroll 1
-    for (int i = 0; i < c.C * TAPS; ++i) {
-      const int channel = i / TAPS, tap = i % TAPS;
-      const int next = out.completes && column >= out.columns + S - 1;  // the next row
-      const int ih = oh - c.pad_h + tap / S + next;
-      const int iw = (next ? -out.columns - (S - 1) : ow0 - c.pad_w) + tap % S + column;
-      const bool inside = (unsigned)ih < (unsigned)c.H && (unsigned)iw < (unsigned)c.W;
-      const float value =
-          inside ? __ldg(x + (((long long)n * c.C + channel) * c.H + ih) * c.W + iw) : 0.0f;
-      #pragma unroll
-      for (int k = 0; k < REDO_FILTERS; ++k) {
-        const int filter = min(first_k + k0 + k, c.K - 1);
-        sum[k] = fmaf(value, __ldg(w + (long long)filter * c.C * TAPS + i), sum[k]);
-      }
-    }
+  for (int i = lane; i < terms; i += 32) {
+    const int channel = i / TAPS, tap = i % TAPS;
+    const float weight = __ldg(filter + i);
+    const float* const plane = x + ((long long)n * c.C + channel) * c.H * c.W;
     #pragma unroll
-    for (int k = 0; k < REDO_FILTERS; ++k) {
-      if (k0 + k >= out.filters) break;
-      float* const row = out.first + (long long)(k0 + k) * out.plane;
-      const int skip = columns_to_aligned(row);
-      const int begin = out.leftmost ? 0 : skip, end = min(skip + TILE_W, out.columns);
-      if (column >= begin && column < end) row[column] = sum[k] + biases[k0 + k];
-      if (!out.completes || column < out.columns + S - 1) continue;
-      const int first = column - (out.columns + S - 1);  // of the next row
-      if (first < columns_to_aligned(row + out.columns)) {
-        row[out.columns + first] = sum[k] + biases[k0 + k];
+    for (int j = 0; j < REDO_W; ++j) {
+      const int next = out.completes && column0 + j >= out.columns + S - 1;  // the next row
+      const int ih = oh - c.pad_h + tap / S + next;
+      const int iw = (next ? -out.columns - (S - 1) : ow0 - c.pad_w) + tap % S + column0 + j;
+      const bool inside = (unsigned)ih < (unsigned)c.H && (unsigned)iw < (unsigned)c.W;
+      sum[j] = fmaf(inside ? __ldg(plane + (long long)ih * c.W + iw) : 0.0f, weight, sum[j]);
+    }
+  }
+  float mine = 0.0f;  // lane j has column0 + j
+  #pragma unroll
+  for (int j = 0; j < REDO_W; ++j) {
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], lanes);
+    }
+    if (lane == j) mine = sum[j] + bias;
+  }
+  const int column = column0 + lane, first = column - (out.columns + S - 1);  // of the next row
+  if (lane >= REDO_W || column < 0) return;
+  float* const row = out.first + (long long)k * out.plane;
+  const int skip = columns_to_aligned(row);
+  const int begin = out.leftmost ? 0 : skip, end = min(skip + TILE_W, out.columns);
+  if (column >= begin && column < end) row[column] = mine;
+  if (out.completes && first >= 0 && first < columns_to_aligned(row + out.columns)) {
+    row[out.columns + first] = mine;
+  }
+}
+
+// Looks for the runs of some rows of an item's input that fp16 does not hold.
+__device__ __forceinline__ void find_bad_runs(const float* __restrict__ x, const Conv& c,
+                                              const Plan& plan, const Item& at, const BadRows& bad,
+                                              RingState* state) {
+  constexpr int QUADS = RING_W / 4;
+  const HalfRange range(state->scale);
+  #pragma unroll 1
+  for (int row = bad.first; row <= bad.last; ++row) {
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < c.C * QUADS; i += CONSUMERS) {
+      const int channel = i / QUADS, quad = i % QUADS;
+      float largest = 0.0f;
+      #pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        int ih = at.oh0 - c.pad_h + row, iw = ((at.ow0 - c.pad_w) & ~3) + quad * 4 + j;
+        if (COMPLETES && plan.completes && iw >= c.W) ++ih, iw -= c.W;
+        const bool inside = (unsigned)ih < (unsigned)c.H && (unsigned)iw < (unsigned)c.W;
+        const long long plane = (long long)at.n * c.C + channel;
+        if (inside) largest = larger_magnitude(largest, __ldg(x + (plane * c.H + ih) * c.W + iw));
       }
+      if (range.holds(__float_as_uint(largest))) continue;
+      const int place = atomicAdd(&state->bad_runs, 1);
+      if (place < MOST_BAD_RUNS) state->bad_run[place] = {row, quad * 4};
     }
   }
 }
 
-// The rows of an item that fp16 cannot hold, if any; once all of them were seen and all sums sent.
+// Outputs of an item that fp16 cannot give, if any; once all of its rows were seen and all sums sent.
+// Of a few runs those that see them: ReLU leaves a run of zeros and one value near zero now and then.
 __device__ __forceinline__ void redo_bad_rows(const float* __restrict__ x,
                                               const float* __restrict__ w, float* __restrict__ y,
-                                              const Conv& c, const Plan& plan, int blocks_k,
+                                              const Conv& conv, const Plan& plan, int blocks_k,
                                               int item, RingState* state) {
+  // nothing of this is to be computed once and for all: its registers would be missed above
+  Conv c = conv;
+  for (int* size : {&c.C, &c.H, &c.W, &c.K, &c.OH, &c.OW, &c.pad_h, &c.pad_w}) {
+    *size = opaque(*size);
+  }
   bulk_wait();
   named_barrier<CONSUMERS>(1);
   const Item at = item_at(item, plan, c);
   BadRows* const of_item = &state->bad[under_way(item, blocks_k)];
-  BadRows bad = *of_item;
-  if (state->weights_bad) bad = {0, at.rows + R - 2};
+  const BadRows bad = *of_item;
+  const bool whole = state->weights_bad;
+  if (!whole && bad.last < 0) return;
   named_barrier<CONSUMERS>(1);  // all have read it
-  if (threadIdx.x == 0) *of_item = {INT_MAX, -1};
-  for (int row = max(0, bad.first - (R - 1)); row <= min(bad.last, at.rows - 1); ++row) {
+  if (threadIdx.x == 0) {
+    *of_item = {INT_MAX, -1};
+    state->bad_runs = 0;
+  }
+  named_barrier<CONSUMERS>(1);
+  if (!whole) find_bad_runs(x, c, plan, at, bad, state);
+  named_barrier<CONSUMERS>(1);
+  const int warp = thread_again() / 32, runs = state->bad_runs;
+  const auto redo = [&](int row, int column0) {
     const Out out = out_row(item, row, y, c, plan, blocks_k);
     #pragma unroll 1
-    for (int k = threadIdx.x / 32 * REDO_FILTERS; k < BLOCK_K; k += CONSUMERS / 32 * REDO_FILTERS) {
-      compute_in_fp32(x, w, c, out, state->bias, c.K - out.filters, k, at.n, at.oh0 + row, at.ow0);
+    for (int k = warp; k < min(BLOCK_K, out.filters); k += CONSUMERS / 32) {
+      compute_in_fp32(x, w, c, out, state->bias[k], k, at.n, at.oh0 + row, at.ow0, column0);
+    }
+  };
+  const int first = whole ? 0 : max(0, bad.first - (R - 1));
+  const int last = whole ? at.rows - 1 : min(bad.last, at.rows - 1);
+  if (whole || runs > MOST_BAD_RUNS) {
+    #pragma unroll 1
+    for (int i = 0; i < (last - first + 1) * REDOS_W; ++i) {
+      redo(first + i / REDOS_W, i % REDOS_W * REDO_W);
+    }
+  } else {
+    const int lead = -c.pad_w & 3;  // pixels of the window before the first product's
+    #pragma unroll 1
+    for (int i = 0; i < runs * R; ++i) {
+      const BadRun run = state->bad_run[i / R];
+      const int row = run.row - i % R;
+      if (row >= 0 && row < at.rows) redo(row, run.pixel - lead - (S - 1));
     }
   }
 }
@@ -633,6 +698,7 @@ __global__ void __maxnreg__(LAUNCH_REGISTERS)
   }
   const int scale =
       sampled_scale<THREADS / 32>(x, plan.values, reinterpret_cast<unsigned*>(shared));
+  if (threadIdx.x == 0) state->scale = scale;
   fence_async_proxy();  // the samples' place is written by copies next
   __syncthreads();
   if (threadIdx.x < CONSUMERS) {
