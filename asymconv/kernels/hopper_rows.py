@@ -633,9 +633,8 @@ __device__ __forceinline__ void redo_bad_rows(const float* __restrict__ x,
                                               int item, RingState* state) {
   // nothing of this is to be computed once and for all: its registers would be missed above
   Conv c = conv;
-  for (int* size : {&c.C, &c.H, &c.W, &c.K, &c.OH, &c.OW, &c.pad_h, &c.pad_w}) {
-    *size = opaque(*size);
-  }
+  c.C = opaque(c.C), c.H = opaque(c.H), c.W = opaque(c.W), c.K = opaque(c.K);
+  c.OH = opaque(c.OH), c.OW = opaque(c.OW), c.pad_h = opaque(c.pad_h), c.pad_w = opaque(c.pad_w);
   bulk_wait();
   named_barrier<CONSUMERS>(1);
   const Item at = item_at(item, plan, c);
