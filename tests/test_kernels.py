@@ -202,7 +202,7 @@ def test_dark_columns_beside_bright_ones(rung: Rung, backend: str) -> None:
 )
 @pytest.mark.parametrize("rung", TENSOR_CORES, ids=lambda r: r.name)
 def test_dark_runs_among_zeros(rung: Rung, shape: ConvShape, often: int, backend: str) -> None:
-    """As after a ReLU: a channel of zeros, and 1e-9 here and there, which some outputs see alone."""
+    """As after a ReLU: a channel of zeros, 1e-9 here and there, which some outputs see alone."""
     x, weight, _ = random_data(shape, device_of(backend), seed=7)
     x[:, 0] = 0.0
     weight[::2, 1:] = 0.0

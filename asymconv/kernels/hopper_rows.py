@@ -625,8 +625,9 @@ __device__ __forceinline__ void find_bad_runs(const float* __restrict__ x, const
   }
 }
 
-// Outputs of an item that fp16 cannot give, if any; once all of its rows were seen and all sums sent.
-// Of a few runs those that see them: ReLU leaves a run of zeros and one value near zero now and then.
+// Outputs of an item that fp16 cannot give, if any; once all of its rows were seen and all sums
+// sent. Of a few runs those that see them: ReLU leaves a run of zeros with one value near zero now
+// and then.
 __device__ __forceinline__ void redo_bad_rows(const float* __restrict__ x,
                                               const float* __restrict__ w, float* __restrict__ y,
                                               const Conv& conv, const Plan& plan, int blocks_k,
