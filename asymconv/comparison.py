@@ -38,6 +38,7 @@ THEIRS, OURS = "nn.Conv2d", "asymconv.Conv2d"
 
 IMAGE_CHANNELS = 4  # up to that many, the input is the image, which needs no gradient
 ROUNDS, BUDGET_MS, WARM_MS = 5, 200.0, 15.0  # of a call: 150 s for the whole list
+PAIR_ROUNDS, PAIR_WARM_MS = 25, 2.0  # of nn.Conv2d and ours
 HOPELESS = 3.0  # a rung so many times slower than nn.Conv2d is not timed further
 
 
@@ -281,7 +282,12 @@ def _time(
     slow = {n for n in rungs if min(quick[n]) > HOPELESS * min(quick[THEIRS])}
     timed = {name: call for name, call in calls.items() if name not in slow}
     times = time_calls(timed, shape, rounds=ROUNDS, budget_ms=BUDGET_MS, warm_ms=WARM_MS)
-    return quick | times
+    # these two again, by turns of a few calls: their ratio is the point, and clocks drift
+    pair = {name: calls[name] for name in (THEIRS, OURS)}
+    pair_times = time_calls(
+        pair, shape, rounds=PAIR_ROUNDS, budget_ms=BUDGET_MS, warm_ms=PAIR_WARM_MS
+    )
+    return quick | times | pair_times
 
 
 def measure_first_use(
