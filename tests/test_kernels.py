@@ -185,6 +185,19 @@ def test_the_range_of_fp32_is_kept(rung: Rung, case: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
+@pytest.mark.parametrize(
+    "rung", [r for r in TENSOR_CORES if r.precision == "tf32"], ids=lambda r: r.name
+)
+def test_scaled_inputs_are_not_computed_in_fp32(rung: Rung, scale: float, backend: str) -> None:
+    """They would be right, and slow: their errors are those of 11 bits."""
+    shape = accuracy.RANGE_SHAPE
+    x, weight, _ = random_data(shape, device_of(backend), seed=8)
+    y = build.load(rung, backend)(x * scale, weight, None, shape)
+    assert accuracy.worst(y, x * scale, weight, shape) >= 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rung", TENSOR_CORES, ids=lambda r: r.name)
 def test_dark_columns_beside_bright_ones(rung: Rung, backend: str) -> None:
     """Runs are 4 pixels: between bright columns 5 apart one is dark, and its row goes to fp32."""

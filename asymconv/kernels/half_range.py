@@ -102,7 +102,8 @@ __device__ __forceinline__ int sampled_scale(const float* x, long long count, un
     rank += other > mine || (other == mine && i < lane);
   }
   const unsigned median = __ballot_sync(0xffffffffu, mine != 0 && rank == there / 2);
-  return there ? scale_for(scratch[__ffs(median) - 1], INPUT_TOP) : 0;
+  // no more than leaves room for the weights' power: together they are one float's exponent
+  return there ? min(104, scale_for(scratch[__ffs(median) - 1], INPUT_TOP)) : 0;
 }
 """
 )
