@@ -52,13 +52,13 @@ constexpr int BLOCK_K = 64, HALVES = 2;
     + HOPPER_ROWS
     + r"""
 struct State : RingState {
-  unsigned long long handed[4], taken[4];  // a warp's sums, from warpgroup 0 to 1
+  unsigned long long free[4], handed[4];  // where a warp's sums go from warpgroup 0 to 1
 
   __device__ __forceinline__ void initialize() {
     RingState::initialize();
     for (int i = 0; i < 4; ++i) {
+      mbarrier_init(shared_address(&free[i]), 1);
       mbarrier_init(shared_address(&handed[i]), 1);
-      mbarrier_init(shared_address(&taken[i]), 1);
     }
   }
 };
@@ -143,7 +143,7 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
       release_row(state, q);
       const int pair = thread_again() / 32 % 4;
       if (thread_again() < 128) {
-        mbarrier_wait(shared_address(&state->taken[pair]), q & 1 ^ 1);
+        mbarrier_wait(shared_address(&state->free[pair]), q & 1);
         const int lane = thread_again() % 32;
         #pragma unroll
         for (int eight = 0; eight < 2; ++eight) {
@@ -155,6 +155,8 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
         }
         warp_arrives(&state->handed[pair]);
       } else {
+        bulk_wait_read();  // the row before has left, while this one was multiplied
+        warp_arrives(&state->free[pair]);
         mbarrier_wait(shared_address(&state->handed[pair]), q & 1);
         const int lane = thread_again() % 32;
         #pragma unroll
@@ -171,8 +173,6 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
         stage<EVEN>(sum, 0, pair * 16, lane, out, state, staging);
         stage<EVEN>(sum, 1, pair * 16 + 8, lane, out, state, staging);
         send(pair * 16, lane, out, staging);
-        bulk_wait_read();
-        warp_arrives(&state->taken[pair]);
       }
     }
     at = (at % ROUND + at / ROUND) % ROUND;
