@@ -602,13 +602,6 @@ void bulk_wait(int groups_left) {
   for (std::size_t& end : t.bulk_groups) end -= count;
 }
 
-void load_wrapped(void* to, const void* from, int bytes) {
-  if constexpr (EMU_TRACED) {
-    trace::wrapped_access(from, bytes, trace::kLoad, __builtin_return_address(0));
-  }
-  std::memcpy(to, from, static_cast<std::size_t>(bytes));
-}
-
 // ------------------------------------------------------------------------ what the runtime calls
 
 void begin_asynchronous(Thread& thread) {

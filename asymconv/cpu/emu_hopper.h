@@ -60,16 +60,6 @@ void bulk_commit();
 void bulk_wait_read(int groups_left = 0);
 void bulk_wait(int groups_left = 0);
 
-void load_wrapped(void* to, const void* from, int bytes);
-
-// ld.global.nc with a predicate: zeros where it is false.
-template <class T>
-EMU_INLINE T load_if(bool predicate, const void* from) {
-  T value = {};
-  if (predicate) load_wrapped(&value, from, sizeof value);
-  return value;
-}
-
 // max.NaN.f32
 EMU_INLINE float max_nan(float a, float b) {
   if (a != a || b != b) return bit_cast<float>(0x7fffffffu);

@@ -227,12 +227,7 @@ __device__ __forceinline__ void fetch(unsigned char* landing, unsigned landed, i
   }
   mbarrier_arrive_expect(landed, bytes);
   if (bytes > 0) {
-    if (EVICT_LOADS == 2 && WIDE && bytes > TILE_W * 4) {  // what no neighbour reads goes first
-      constexpr int OURS = 32, ALL = TILE_W;  // columns; the strip on the left reads some of ours
-      bulk_load(shared_address(to), from, OURS * 4, landed);
-      bulk_load_evict_first(shared_address(to + OURS), from + OURS, (ALL - OURS) * 4, landed);
-      bulk_load(shared_address(to + ALL), from + ALL, bytes - ALL * 4, landed);
-    } else if (EVICT_LOADS == 1) {
+    if (EVICT_LOADS) {
       bulk_load_evict_first(shared_address(to), from - lead, bytes, landed);
     } else {
       bulk_load(shared_address(to), from - lead, bytes, landed);

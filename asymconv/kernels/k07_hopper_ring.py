@@ -54,11 +54,9 @@ VARIANTS = (
     {"EVICT_LOADS": 1},
     {"EVICT_STORES": 1},
     {"EVICT_LOADS": 1, "EVICT_STORES": 1},
-    {"EVICT_LOADS": 2},
-    {"EVICT_LOADS": 2, "EVICT_STORES": 1},
 )
 """Whole sectors; writing where bulk copies may begin; fetching one row ahead in place of two; lines
-that L2 lets go of first: all that are read, or written, or (2) those that no neighbour reads."""
+that L2 lets go of first."""
 
 SOURCE = (
     HALF_RANGE

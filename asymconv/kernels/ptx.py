@@ -182,22 +182,6 @@ __device__ __forceinline__ void named_barrier(int id, int line = __builtin_LINE(
 }
 #endif
 
-// PTX ISA 9.7.9.9, ld.global.nc with a predicate: zeros where it is false, and no branch.
-__device__ __forceinline__ float4 load_four_if(bool predicate, const float* from) {
-#ifdef __CUDACC__
-  float4 v;
-  asm volatile("{ .reg .pred p; setp.ne.s32 p, %5, 0;\n"
-               "  mov.f32 %0, 0f00000000; mov.f32 %1, 0f00000000;\n"
-               "  mov.f32 %2, 0f00000000; mov.f32 %3, 0f00000000;\n"
-               "  @p ld.global.nc.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4]; }\n"
-               : "=&f"(v.x), "=&f"(v.y), "=&f"(v.z), "=&f"(v.w)
-               : "l"(from), "r"((int)predicate));
-  return v;
-#else
-  return emu::load_if<float4>(predicate, from);
-#endif
-}
-
 // PTX ISA 9.7.16.7.1 to .3: order the registers before the first product; close a group; wait.
 __device__ __forceinline__ void wgmma_fence() {
 #ifdef __CUDACC__
