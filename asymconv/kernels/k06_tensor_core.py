@@ -53,10 +53,10 @@ from asymconv.kernels.rung import Rung
 from asymconv.problem import ConvShape
 
 DEFINES = {
-    "WARP_K": 64,
-    "WARPS_K": 2,
-    "WARP_H": 1,
-    "WARPS_H": 4,
+    "WARP_K": 32,
+    "WARPS_K": 4,
+    "WARP_H": 2,
+    "WARPS_H": 2,
     "TILE_W": 64,
     "STRIP": 16,
 }
