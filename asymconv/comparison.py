@@ -280,9 +280,10 @@ def _time(
     rungs = set(calls) - {THEIRS, OURS}
     quick = time_calls(calls, shape, rounds=1, budget_ms=0, warm_ms=0) if rungs else {}
     slow = {n for n in rungs if min(quick[n]) > HOPELESS * min(quick[THEIRS])}
-    timed = {name: call for name, call in calls.items() if name not in slow}
-    times = time_calls(timed, shape, rounds=ROUNDS, budget_ms=BUDGET_MS, warm_ms=WARM_MS)
-    # these two again, by turns of a few calls: their ratio is the point, and clocks drift
+    others = {name: calls[name] for name in calls if name in rungs - slow}
+    settings = {"rounds": ROUNDS, "budget_ms": BUDGET_MS, "warm_ms": WARM_MS}
+    times = time_calls(others, shape, **settings) if others else {}
+    # these two by turns of a few calls: their ratio is the point, and clocks drift
     pair = {name: calls[name] for name in (THEIRS, OURS)}
     pair_times = time_calls(
         pair, shape, rounds=PAIR_ROUNDS, budget_ms=BUDGET_MS, warm_ms=PAIR_WARM_MS

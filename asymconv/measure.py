@@ -1,9 +1,10 @@
 """Timings on a GPU: methods side by side in one run, and the ceilings they are held against.
 
 CUDA events around each call, warm-up before, every repeat kept. The methods take turns in rounds,
-so that a drift of the clock meets all of them. Data smaller than a few L2 caches are flushed out
-of it before each repeat. There is no timing without an `asymconv.check.Checked` of that very
-build and shape.
+so that a drift of the clock meets all of them. A turn's calls are queued behind each other: the
+GPU never waits for its host between an event and what it times. Data smaller than a few L2 caches
+are flushed out of it before each repeat. There is no timing without an `asymconv.check.Checked` of
+that very build and shape.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from asymconv.problem import ConvShape
 Kind = Literal["rung", "peer", "ceiling"]
 
 WARM_MS = 50.0  # of a method, before each of its turns
+LONG_MS = 50.0  # beside that the host's time for a launch is nothing
 L2_MULTIPLE = 4  # inputs beyond this many L2 caches leave nothing of themselves behind
 
 
@@ -247,16 +249,25 @@ class Timing:
         return self.bytes / self.median / 1e6
 
 
-def time_once(run: Callable[[], object], flush: torch.Tensor | None = None) -> float:
-    """Milliseconds of one call on the current stream, by CUDA events."""
-    if flush is not None:
-        flush.zero_()  # larger than L2: nothing of the last repeat is left there
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+def time_repeats(
+    run: Callable[[], object], count: int, flush: torch.Tensor | None = None
+) -> list[float]:
+    """Milliseconds of each of so many calls on the current stream, by CUDA events.
+
+    All are queued before any is waited for. Waiting after each would leave the GPU idle when the
+    next one's first event comes, and the event would time the host's way to the launch as well.
+    """
+    events = []
+    for _ in range(count):
+        if flush is not None:
+            flush.zero_()  # larger than L2: nothing of the last repeat is left there
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
 
 
 def repeats_for(milliseconds: float, budget_ms: float = 1500.0) -> int:
@@ -317,14 +328,15 @@ def _take_turns(
     first = []
     for runner in runners:
         runner.peak = _peak_bytes(runner.run)  # the first call builds plans and loads modules
-        first.append(time_once(runner.run))
+        first += time_repeats(runner.run, 1)
     for turn in range(rounds):
         for runner, once in zip(runners, first, strict=True):
             count = max(rounds, repeats_for(once, budget_ms))
-            for _ in range(min(50, int(warm_ms / once))):  # clocks settle to this method's load
+            warm = min(50, int(warm_ms / once))  # clocks settle to this method's load
+            for _ in range(max(warm, once < LONG_MS)):
                 runner.run()
             share = count // rounds + (turn < count % rounds)
-            runner.times += [time_once(runner.run, flush) for _ in range(share)]
+            runner.times += time_repeats(runner.run, share, flush)
 
 
 def _flush_buffer(shape: ConvShape) -> torch.Tensor | None:

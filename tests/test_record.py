@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import gpu
 
 from asymconv import build, measure, profiler, record
@@ -140,6 +141,27 @@ def test_timing_on_this_gpu(tmp_path: Path) -> None:
     made = record.make("a test", SHAPE, timings, left_out)
     made.save(tmp_path / "r.json")
     assert record.load(tmp_path / "r.json") == made
+
+
+def test_no_call_is_waited_for_before_the_last_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the GPU would wait for its host between an event and what it times."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            assert done[-1] == "wait"
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    assert measure.time_repeats(lambda: done.append("call"), 2) == [1.5, 1.5]
+    assert done == ["event", "call", "event"] * 2 + ["wait"]
 
 
 class TestPublishedCounters:
