@@ -3,14 +3,16 @@
 CUDA events around each call, warm-up before, every repeat kept. The methods take turns in rounds,
 so that a drift of the clock meets all of them. A turn's calls are queued behind each other: the
 GPU never waits for its host between an event and what it times. Data smaller than a few L2 caches
-are flushed out of it before each repeat. There is no timing without an `asymconv.check.Checked` of
-that very build and shape.
+are flushed out of it before each repeat, for longer than the host needs to launch it. There is no
+timing without an `asymconv.check.Checked` of that very build and shape.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -250,17 +252,22 @@ class Timing:
 
 
 def time_repeats(
-    run: Callable[[], object], count: int, flush: torch.Tensor | None = None
+    run: Callable[[], object], count: int, flush: Callable[[], object] | None = None
 ) -> list[float]:
     """Milliseconds of each of so many calls on the current stream, by CUDA events.
 
     All are queued before any is waited for. Waiting after each would leave the GPU idle when the
     next one's first event comes, and the event would time the host's way to the launch as well.
+
+    Args:
+        run: what is timed.
+        count: how often.
+        flush: what to do on the GPU before each repeat, if anything; not timed.
     """
     events = []
     for _ in range(count):
         if flush is not None:
-            flush.zero_()  # larger than L2: nothing of the last repeat is left there
+            flush()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
@@ -319,24 +326,39 @@ def _peak_bytes(run: Callable[[], object]) -> int:
 
 def _take_turns(
     runners: Sequence[_Runner],
-    flush: torch.Tensor | None,
+    buffer: torch.Tensor | None,
     rounds: int = 3,
     budget_ms: float = 1500.0,
     warm_ms: float = WARM_MS,
 ) -> None:
-    """Warm up, then time every runner in each round."""
-    first = []
+    """Warm up, then time every runner in each round, with L2 flushed through a buffer if any."""
+    first, flushes = [], []
     for runner in runners:
         runner.peak = _peak_bytes(runner.run)  # the first call builds plans and loads modules
         first += time_repeats(runner.run, 1)
+        flushes.append(None if buffer is None else _flush(buffer, runner.run))
     for turn in range(rounds):
-        for runner, once in zip(runners, first, strict=True):
+        for runner, once, flush in zip(runners, first, flushes, strict=True):
             count = max(rounds, repeats_for(once, budget_ms))
             warm = min(50, int(warm_ms / once))  # clocks settle to this method's load
             for _ in range(max(warm, once < LONG_MS)):
                 runner.run()
             share = count // rounds + (turn < count % rounds)
             runner.times += time_repeats(runner.run, share, flush)
+
+
+def _flush(buffer: torch.Tensor, run: Callable[[], object]) -> Callable[[], None]:
+    """What fills L2 with something else, and takes the GPU longer than a call takes its host."""
+    began = time.perf_counter()
+    run()
+    host_ms = 1e3 * (time.perf_counter() - began)
+    times = 1 + math.ceil(host_ms / time_repeats(buffer.zero_, 2)[-1])
+
+    def flush() -> None:
+        for _ in range(times):
+            buffer.zero_()
+
+    return flush
 
 
 def _flush_buffer(shape: ConvShape) -> torch.Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -241,11 +243,8 @@ def test_sizes_that_only_pytorch_understands_are_hopeless() -> None:
     assert not hopeless(CONTRACT.input_shape, CONTRACT.weight_shape, 1, "valid", 1, 1)
 
 
-LEFT_SINCE = {
-    ("Cityscapes, 512×1024", "ResNet-18, layer 1", 8),
-    ("KITTI, 375×1242", "U-Net, level 1", 1),
-}
-"""Layers and batches that k07 ran when layers.json was recorded; too small, as it turned out."""
+HOST_MS = 0.6
+"""What takes less was timed by the host, too, when layers.json was recorded: see the test."""
 
 
 class TestRecords:
@@ -276,16 +275,13 @@ class TestRecords:
         for row in layers.rows:
             where = f"{row.network}, {row.shape}, training {row.training}"
             decision = decide(facts(row.shape, tf32=row.tf32))
-            if row.runs and decision.rung is None:  # left to PyTorch for what this record said
-                assert (row.data, row.network, row.shape.batch) in LEFT_SINCE, where
-                continue
             assert (decision.rung.name if decision.rung else "") == row.runs, where
-            if not row.runs:  # the same kernels on both sides: what is seen is the run's noise
-                assert row.ratio >= 0.9, where
-                continue
-            assert row.ratio >= 0.97, where
-            if not row.training:
-                assert row.ratio >= 1.1, where
+            # The same kernels on both sides, and shorter than it took to launch them: noise of the
+            # host. `measure._flush` came after this record.
+            shown = row.runs or statistics.median(row.milliseconds[comparison.THEIRS]) >= HOST_MS
+            assert row.ratio >= (0.97 if shown else 0.84), where
+            if row.runs and not row.training:
+                assert row.ratio >= 1.8, where
         for call in layers.overheads:
             if "forced" not in call.what:
                 assert call.ours - call.theirs <= 15, call

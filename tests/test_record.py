@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,6 +164,19 @@ def test_no_call_is_waited_for_before_the_last_is_queued(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
     assert measure.time_repeats(lambda: done.append("call"), 2) == [1.5, 1.5]
     assert done == ["event", "call", "event"] * 2 + ["wait"]
+    done.clear()
+    flush = measure._flush(SimpleNamespace(zero_=lambda: done.append("clear")), lambda: None)
+    done.clear()
+    measure.time_repeats(lambda: done.append("call"), 1, flush)
+    assert done == ["clear", "clear", "event", "call", "event", "wait"]
+
+
+def test_a_flush_lasts_longer_than_the_host_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "time_repeats", lambda run, count: [0.5] * count)
+    cleared: list[str] = []
+    buffer = SimpleNamespace(zero_=lambda: cleared.append("once"))
+    measure._flush(buffer, lambda: time.sleep(0.002))()
+    assert 0.5 * len(cleared) > 2
 
 
 class TestPublishedCounters:
