@@ -333,6 +333,7 @@ class Kernel:
         self.rung, self.backend, self.key, self.path = rung, backend, key, path
         self.precision = rung.precision
         self.defines = dict(defines or {})
+        self._prepared = functools.lru_cache(maxsize=1024)(self._prepare)
         if backend == "cuda":
             self._entry = getattr(ctypes.CDLL(str(path)), ENTRY)
             self._entry.argtypes = [ctypes.c_void_p] * 6
@@ -368,14 +369,12 @@ class Kernel:
             LaunchError: CUDA's own refusal.
             asymconv.cpu.EmulationError: the CPU run found a fault in the kernel.
         """
-        if reason := self.rung.refuses(shape, self.defines):
-            raise ValueError(f"{self.rung.name} does not take this shape: {reason}")
+        struct, *sizes = self._prepared(shape)
         if out is None:
-            out = torch.empty(shape.output_shape, dtype=torch.float32, device=x.device)
-        self._check_tensors(x, weight, bias, out, shape)
+            out = torch.empty(sizes[-1], dtype=torch.float32, device=x.device)
+        self._check_tensors((x, weight, bias, out), sizes)
         if out.numel() == 0:
             return out
-        struct = ConvStruct.of(shape)
         pointers = [None if t is None else t.data_ptr() for t in (x, weight, bias, out)]
         if self.backend == "cuda":
             with torch.cuda.device(x.device):
@@ -426,31 +425,28 @@ class Kernel:
             self.program.multiprocessors = before
         return self.program.counts()
 
+    def _prepare(self, shape: ConvShape) -> tuple[ConvStruct, *tuple[tuple[int, ...], ...]]:
+        """What every call with a shape needs: the struct, and the sizes of x, weight, bias, out."""
+        if reason := self.rung.refuses(shape, self.defines):
+            raise ValueError(f"{self.rung.name} does not take this shape: {reason}")
+        sizes = (shape.input_shape, shape.weight_shape, (shape.out_channels,), shape.output_shape)
+        return ConvStruct.of(shape), *sizes
+
     def _check_tensors(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        out: torch.Tensor,
-        shape: ConvShape,
+        self, tensors: Sequence[torch.Tensor | None], sizes: Sequence[tuple[int, ...]]
     ) -> None:
         kind = "cuda" if self.backend == "cuda" else "cpu"
-        wanted = {
-            "x": (x, shape.input_shape),
-            "weight": (weight, shape.weight_shape),
-            "bias": (bias, (shape.out_channels,)),
-            "out": (out, shape.output_shape),
-        }
-        for name, (tensor, size) in wanted.items():
+        device = tensors[0].device
+        for name, tensor, size in zip(("x", "weight", "bias", "out"), tensors, sizes, strict=True):
             if tensor is None:
                 continue
             if tensor.dtype != torch.float32 or not tensor.is_contiguous():
                 raise ValueError(f"{name} must be contiguous float32, is {tensor.dtype}")
-            if tensor.device.type != kind or tensor.device != x.device:
+            if tensor.device.type != kind or tensor.device != device:
                 raise ValueError(f"{name} is on {tensor.device}, must be with x on {kind}")
             if name == "out" and tensor.data_ptr() % 16:  # rungs store float2 and float4
                 raise ValueError("out must start at a multiple of 16 bytes")
-            if tuple(tensor.shape) != size:
+            if tensor.shape != size:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {size}")
 
 

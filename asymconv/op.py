@@ -105,7 +105,7 @@ class _Conv2d(torch.autograd.Function):
         ctx.bias_size = None if bias is None else [bias.shape[0]]
         ctx.save_for_backward(x, weight)
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.asymconv.conv2d(x, weight, bias, *arguments)
+            return torch.ops.asymconv.conv2d.default(x, weight, bias, *arguments)
 
     @staticmethod
     def backward(ctx, grad):
@@ -118,15 +118,20 @@ class _Conv2d(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
+def _with_gradients(x, weight, bias, *arguments):
+    """The operator, recorded for backward if one may be asked for."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Conv2d.apply(x, weight, bias, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.asymconv.conv2d.default(x, weight, bias, *arguments)
+
+
 def _autograd(x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
     if _differentiates_otherwise():
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    ):
-        return _Conv2d.apply(x, weight, bias, stride, padding, dilation, groups)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.asymconv.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return _with_gradients(x, weight, bias, stride, padding, dilation, groups)
 
 
 # torch.library.register_autograd would do, but costs 20 microseconds a call more
@@ -238,6 +243,6 @@ def conv2d(
         and (forced() or not hopeless(x.shape, weight.shape, stride, padding, dilation, groups))
     ):
         decision, pairs = decide_call(x, weight, bias, stride, padding, dilation, groups)
-        if decision.rung is not None:
-            return torch.ops.asymconv.conv2d(x, weight, bias, *pairs, groups)
+        if decision.rung is not None:  # what the dispatcher would call first, called at once
+            return _with_gradients(x, weight, bias, *pairs, groups)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
