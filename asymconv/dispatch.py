@@ -124,15 +124,15 @@ LEAST_FILLED = 0.75
 """Least part of those columns that must be there."""
 
 WINS: tuple[Win, ...] = (
-    # measured (figures/data/layers.json): 1.5 to 2.8 times as fast forward from 521,220 pixels on,
-    # 1.03 and more with backward; 1.06 forward and 0.87 with backward on 262,144. Guessed: the
-    # channels.
+    # measured (figures/data/layers.json): 1.8 to 3.2 times as fast forward from 521,220 pixels on,
+    # 1.17 and more with backward. Below, 1.6 and more forward down to 110,000; with backward not
+    # measured since calls are timed without their host. Guessed: the channels.
     Win("k07", True, (9, 0), in_channels=(48, 64), out_channels=64, pixels=500_000),
-    # measured on the contract's shape and two more: 2.7 to 4.1 times as fast forward
+    # measured on two layers: 4.3 to 4.8 times as fast forward, 0.98 to 1.3 with backward
     Win("k08", False, (9, 0), in_channels=(48, 64), out_channels=64, pixels=500_000),
 )
-"""Best first. k06 is not here: where it was measured, k07 is faster; where k07 refuses (more than
-64 channels, groups, stride, other GPUs), nobody has measured k06 yet."""
+"""Best first. k06 is not here: where both run, k07 is faster; where k07 refuses (more than 64
+channels, stride, dilation), k06 has 0.2 to 0.6 of nn.Conv2d's speed on the GPU measured."""
 
 
 def shape_of(facts: Facts) -> ConvShape | None:
