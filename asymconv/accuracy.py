@@ -355,7 +355,7 @@ def _errors(
 
 
 def rungs_to_measure() -> tuple[Rung, ...]:
-    """The last rung on plain fp32 units and those on tensor cores, candidates among them."""
+    """The last rung on plain fp32 units and those on tensor cores."""
     return tuple(rung for rung in RUNGS if rung.capability >= (8, 0))
 
 

@@ -352,6 +352,7 @@ class Kernel:
         order_seed: int = 0,
         trace: bool = False,
         racecheck: bool = False,
+        multiprocessors: int = cpu.MULTIPROCESSORS,
     ) -> torch.Tensor:
         """Convolve; on CUDA, queue it on the current stream.
 
@@ -363,6 +364,7 @@ class Kernel:
             out: (N, K, OH, OW), written whole; a new tensor if None.
             order_seed: CPU only: not 0 runs a block's threads in another order.
             trace, racecheck: "cpu-traced" only: count memory accesses; find shared-memory races.
+            multiprocessors: CPU only: of the GPU that it stands for.
 
         Raises:
             ValueError: tensors that do not fit the shape, or a shape that the rung refuses.
@@ -395,6 +397,7 @@ class Kernel:
                 order_seed=order_seed,
                 trace=trace,
                 racecheck=racecheck,
+                multiprocessors=multiprocessors,
             )
         if code:
             raise LaunchError(f"{self.rung.name}: launch failed with cudaError {code} for {shape}")
@@ -406,23 +409,19 @@ class Kernel:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         shape: ConvShape,
-        multiprocessors: int | None = None,
+        multiprocessors: int = cpu.MULTIPROCESSORS,
     ) -> list[cpu.LineCount]:
         """The memory accesses of one call, line by line of the rung's own source.
 
         Backend "cpu-traced" only. The tensors are copied to where cudaMalloc would put them, at
         multiples of 256 bytes, so that the sectors counted are those of a GPU. multiprocessors: of
-        the GPU, for rungs that start as many blocks as it has (`cpu.Program.multiprocessors`).
+        the GPU, for rungs that start as many blocks as it has.
         """
         data = [
             None if t is None else cpu.aligned_empty(*t.shape).copy_(t) for t in (x, weight, bias)
         ]
-        before = self.program.multiprocessors
-        self.program.multiprocessors = multiprocessors or before
-        try:
-            self(*data, shape, cpu.aligned_empty(*shape.output_shape), trace=True)
-        finally:
-            self.program.multiprocessors = before
+        out = cpu.aligned_empty(*shape.output_shape)
+        self(*data, shape, out, trace=True, multiprocessors=multiprocessors)
         return self.program.counts()
 
     def _prepare(self, shape: ConvShape) -> tuple[ConvStruct, *tuple[tuple[int, ...], ...]]:

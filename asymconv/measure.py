@@ -341,7 +341,9 @@ def _take_turns(
         for runner, once, flush in zip(runners, first, flushes, strict=True):
             count = max(rounds, repeats_for(once, budget_ms))
             warm = min(50, int(warm_ms / once))  # clocks settle to this method's load
-            for _ in range(max(warm, once < LONG_MS)):
+            if once < LONG_MS:
+                warm = max(1, warm)  # and the first repeat is queued behind something
+            for _ in range(warm):
                 runner.run()
             share = count // rounds + (turn < count % rounds)
             runner.times += time_repeats(runner.run, share, flush)

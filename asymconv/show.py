@@ -163,7 +163,9 @@ def passed(rung: Rung, *shapes: ConvShape) -> Markdown:
     return table(("shape", "outputs compared", rung.name), rows)
 
 
-def trace(rung: Rung, shape: ConvShape, multiprocessors: int | None = None) -> list[cpu.LineCount]:
+def trace(
+    rung: Rung, shape: ConvShape, multiprocessors: int = cpu.MULTIPROCESSORS
+) -> list[cpu.LineCount]:
     """Count the memory accesses of a rung's CUDA text on the CPU, line by line.
 
     multiprocessors: of the GPU it stands for; matters to rungs that start as many blocks.

@@ -316,16 +316,14 @@ def test_k07s_plan_is_the_kernels() -> None:
     plan = predictions.strips(CONTRACT)
     assert (plan.strips, plan.parts, plan.rows, plan.items, plan.turns) == (8, 4, 128, 256, 2)
     assert plan.cost == pytest.approx(2 * 134 * 132 * 128 / (8 * 510 * 1022))
-    for rung in RUNGS:
-        if rung.number == "k07":  # the lines of `plan_for` that the function above repeats
-            for line in (
-                f"constexpr int START = {predictions.START_ROWS};",
-                f"constexpr int MOST_ROWS = {predictions.MOST_ROWS};",
-                "parts <= max(fewest, min(c.OH, 64)); ++parts",
-                "(items + blocks - 1) / blocks * (rows + START);",
-                "const int at_once = max(1, multiprocessors / blocks_k);",
-            ):
-                assert line in rung.source, rung.name
+    for line in (  # of `plan_for`, which the function above repeats
+        f"constexpr int START = {predictions.START_ROWS};",
+        f"constexpr int MOST_ROWS = {predictions.MOST_ROWS};",
+        "parts <= max(fewest, min(c.OH, 64)); ++parts",
+        "(items + blocks - 1) / blocks * (rows + START);",
+        "const int at_once = max(1, multiprocessors / blocks_k);",
+    ):
+        assert line in get_rung("k07").source
 
 
 def test_a_batch_as_block_fills_its_warp() -> None:

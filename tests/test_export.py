@@ -22,8 +22,6 @@ from asymconv.kernels import RUNGS, Rung, get_rung
 from asymconv.kernels.rung import ENTRY
 from asymconv.problem import CONTRACT, ConvShape
 
-ALL = list(RUNGS)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -140,7 +138,7 @@ def test_every_name_is_defined_and_every_import_used(folder: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("rung", ALL, ids=lambda rung: rung.name)
+@pytest.mark.parametrize("rung", RUNGS, ids=lambda rung: rung.name)
 def test_every_rung_can_be_exported(rung: Rung) -> None:
     """Also what KernelBench's static checker asks of a file (kernel_static_checker.py)."""
     text = export.text([rung])
@@ -201,7 +199,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("rung", ALL, ids=lambda rung: rung.name)
+@pytest.mark.parametrize("rung", RUNGS, ids=lambda rung: rung.name)
 def test_it_chooses_what_the_rung_takes(rung: Rung) -> None:
     module = loaded([rung])
     (kernel,) = module.KERNELS
@@ -234,7 +232,7 @@ def test_on_the_contract_the_default_runs_hoppers_rung_and_elsewhere_another() -
     assert number((7, 5), True, CONTRACT) is None
 
 
-@pytest.mark.parametrize("rung", ALL, ids=lambda rung: rung.name)
+@pytest.mark.parametrize("rung", RUNGS, ids=lambda rung: rung.name)
 def test_the_layer_is_right_with_its_cuda_text_on_the_cpu(
     rung: Rung, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,8 +20,7 @@ from asymconv.cpu import EmulationError
 from asymconv.kernels import RUNGS, Rung, get_rung
 from asymconv.problem import CONTRACT, ConvShape
 
-KERNELS = RUNGS
-TENSOR_CORES = [rung for rung in KERNELS if rung.capability >= (8, 0)]
+TENSOR_CORES = [rung for rung in RUNGS if rung.capability >= (8, 0)]
 
 ODD_SHAPES = [
     ConvShape(2, 3, 7, 13, 5),
@@ -71,7 +70,7 @@ def shapes(draw: st.DrawFn) -> ConvShape:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
-@pytest.mark.parametrize("rung", KERNELS, ids=lambda r: r.name)
+@pytest.mark.parametrize("rung", RUNGS, ids=lambda r: r.name)
 def test_odd_shapes(rung: Rung, shape: ConvShape, backend: str) -> None:
     if reason := rung.refuses(shape):
         pytest.skip(f"{rung.name} refuses: {reason}")
@@ -79,7 +78,7 @@ def test_odd_shapes(rung: Rung, shape: ConvShape, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rung", KERNELS, ids=lambda r: r.name)
+@pytest.mark.parametrize("rung", RUNGS, ids=lambda r: r.name)
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -95,7 +94,7 @@ def test_any_shape(rung: Rung, backend: str, shape: ConvShape, seed: int) -> Non
         check(kernel, shape, device_of(backend), seed)
 
 
-@pytest.mark.parametrize("rung", KERNELS, ids=lambda r: r.name)
+@pytest.mark.parametrize("rung", RUNGS, ids=lambda r: r.name)
 @pytest.mark.parametrize("order_seed", [1, 2, 3])
 def test_thread_order_does_not_matter(rung: Rung, order_seed: int) -> None:
     """Threads in another order, same bits; and no race on shared memory."""
@@ -148,7 +147,7 @@ def test_k07_without_what_orders_it(removed: str, found: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch_gives_empty_output(backend: str) -> None:
     shape = ConvShape(0, 3, 5, 6, 2)
-    for rung in KERNELS:
+    for rung in RUNGS:
         x, weight, bias = random_data(shape, device_of(backend))
         assert build.load(rung, backend)(x, weight, bias, shape).shape == (0, 2, 3, 4)
 
@@ -316,7 +315,7 @@ def test_a_plane_beyond_32_bits_is_refused_where_offsets_are_short() -> None:
 
 
 @gpu
-@pytest.mark.parametrize("rung", KERNELS, ids=lambda r: r.name)
+@pytest.mark.parametrize("rung", RUNGS, ids=lambda r: r.name)
 def test_offsets_beyond_32_bits(rung: Rung) -> None:
     """2.1 billion inputs and outputs: the last image's offsets need 64 bits."""
     shape = ConvShape(1025, 1, 1024, 2050, 1, kernel=1)
@@ -337,7 +336,7 @@ SPILLED = {"k04": 16, "k08": 100}
 
 
 @nvcc
-@pytest.mark.parametrize("rung", KERNELS, ids=lambda r: r.name)
+@pytest.mark.parametrize("rung", RUNGS, ids=lambda r: r.name)
 def test_compiles_for_hopper_without_spills(rung: Rung, record_property) -> None:
     report = build.compile_report(rung, "90a")
     assert report.kernels

@@ -13,8 +13,6 @@ from conftest import gpu
 from asymconv import build
 from asymconv.kernels import RUNGS
 
-KERNELS = RUNGS
-
 
 def sanitizer() -> str | None:
     """The tool on PATH or in the CUDA folder."""
@@ -34,7 +32,7 @@ def sanitizer() -> str | None:
 def test_finds_nothing(tool: str) -> None:
     # racecheck does not know mbarriers: of k07 and k08 it reports what goes through shared memory
     # and is ordered by one. The CPU backend knows them and looks for races (test_kernels.py).
-    kernels = [r for r in KERNELS if tool != "racecheck" or r.arch != "90a"]
+    kernels = [r for r in RUNGS if tool != "racecheck" or r.arch != "90a"]
     build.load_all([(rung, {}) for rung in kernels])  # not under the tool
     numbers = [rung.name for rung in kernels]
     command = [sanitizer(), "--tool", tool, "--error-exitcode", "9", "--print-limit", "3"]

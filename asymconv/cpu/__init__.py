@@ -15,6 +15,7 @@ stmatrix. Tensor maps and clusters are not there.
 """
 
 from asymconv.cpu.program import (
+    MULTIPROCESSORS,
     Buffer,
     EmulationError,
     LineCount,
@@ -26,6 +27,7 @@ from asymconv.cpu.toolchain import commands, fingerprint, runtime_command, write
 from asymconv.cpu.translate import TranslationError, translate
 
 __all__ = [
+    "MULTIPROCESSORS",
     "Buffer",
     "EmulationError",
     "LineCount",

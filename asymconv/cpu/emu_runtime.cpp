@@ -736,7 +736,7 @@ const char* cudaGetErrorString(cudaError_t error) {
   return "unknown error";
 }
 
-static int multiprocessors = 4;  // a grid that fills them stays small
+static int multiprocessors;  // that cudaDeviceGetAttribute tells of
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
@@ -760,12 +760,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 
 extern "C" {
 
-// What cudaDeviceGetAttribute says from now on.
-void emu_multiprocessors(int count) { multiprocessors = count; }
-
 // Before the launcher, on the same operating-system thread. order_seed 0: threads run in order.
-void emu_begin(int order_seed) {
+void emu_begin(int order_seed, int device_multiprocessors) {
   using namespace emu;
+  multiprocessors = device_multiprocessors;
   in_thread_local_segment = 1;
   dl_iterate_phdr(find_segments, nullptr);
   call.failed = false;

@@ -29,6 +29,9 @@ _SHARED_NAMES = {-1: "dynamic shared", -2: "static shared"}
 _CUDA_MALLOC_ALIGNMENT = 256  # bytes
 
 # One call at a time in a process: calls change how the process handles faults while they run.
+MULTIPROCESSORS = 4
+"""Of the device that CUDA text sees unless told: a grid that fills them stays small."""
+
 _CALLS = threading.Lock()
 
 
@@ -161,10 +164,7 @@ class Program:
     Attributes:
         path: the library.
         traced: whether it can count and check memory accesses.
-        multiprocessors: of the device that the text sees; 4 unless set, so that grids stay small.
     """
-
-    multiprocessors = 4
 
     def __init__(self, path: Path) -> None:
         """Load the library.
@@ -189,6 +189,7 @@ class Program:
         order_seed: int = 0,
         trace: bool = False,
         racecheck: bool = False,
+        multiprocessors: int = MULTIPROCESSORS,
     ) -> int:
         """Call an ``extern "C" int`` function of the text, which launches kernels.
 
@@ -201,6 +202,7 @@ class Program:
             order_seed: not 0: the threads of a block run in an order drawn from it.
             trace: count memory accesses and check their bounds; needs a traced library.
             racecheck: look for races in shared memory and check bounds; needs a traced library.
+            multiprocessors: of the device that the text sees.
 
         Returns:
             What the function returns: by convention the launch's cudaError_t.
@@ -219,8 +221,7 @@ class Program:
         function = getattr(self._library, symbol)
         function.restype = ctypes.c_int
         with _CALLS:
-            self._library.emu_multiprocessors(ctypes.c_int(self.multiprocessors))
-            self._library.emu_begin(ctypes.c_int(order_seed))
+            self._library.emu_begin(ctypes.c_int(order_seed), ctypes.c_int(multiprocessors))
             try:
                 if self.traced:
                     self._watch(buffers, trace, racecheck)

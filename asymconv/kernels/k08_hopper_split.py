@@ -15,7 +15,7 @@ What it changes (Ootomo & Yokota 2022, 2203.03341):
 - Warpgroup 0 hands its sums over through shared memory and goes on with the next row; warpgroup 1
   adds its own, and stores. Warps pair up: no barrier of more than 64 threads. The place is free
   for the next sums when the stores have read it, which warpgroup 1 asks only after its next row's
-  products: to ask before them cost 12 %.
+  products: to ask before them cost 12 % (a run that was not kept).
 
 What it predicts, on the contract's shape: 54 wgmma of 68 cycles a row and warpgroup, 7,300 cycles
 for both; 65,280 rows of 64 filters on 132 SMs: 3.6 million cycles, 2.1 ms at 1.755 GHz if tensor
