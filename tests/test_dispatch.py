@@ -243,10 +243,6 @@ def test_sizes_that_only_pytorch_understands_are_hopeless() -> None:
     assert not hopeless(CONTRACT.input_shape, CONTRACT.weight_shape, 1, "valid", 1, 1)
 
 
-HOST_MS = 0.6
-"""What takes less was timed by the host, too, when layers.json was recorded: see the test."""
-
-
 class TestRecords:
     """The constants against what was measured."""
 
@@ -276,15 +272,27 @@ class TestRecords:
             where = f"{row.network}, {row.shape}, training {row.training}"
             decision = decide(facts(row.shape, tf32=row.tf32))
             assert (decision.rung.name if decision.rung else "") == row.runs, where
-            # The same kernels on both sides, and shorter than it took to launch them: noise of the
-            # host. `measure._flush` came after this record.
-            shown = row.runs or statistics.median(row.milliseconds[comparison.THEIRS]) >= HOST_MS
-            assert row.ratio >= (0.97 if shown else 0.84), where
+            assert row.ratio >= 0.97 or not row.runs, where
             if row.runs and not row.training:
                 assert row.ratio >= 1.8, where
         for call in layers.overheads:
             if "forced" not in call.what:
                 assert call.ours - call.theirs <= 15, call
+
+    @pytest.mark.xfail(
+        strict=True,
+        reason="calls shorter than their launch were timed with the host; to be recorded anew, "
+        "with `measure._flush`, which is younger than layers.json",
+    )
+    def test_no_row_is_slower(self) -> None:
+        assert min(row.ratio for row in comparison.load_layers().rows) >= 0.97
+
+    def test_no_long_row_is_slower(self) -> None:
+        """Longer than any call's way through the host: what the record can say already."""
+        rows = comparison.load_layers().rows
+        long = [r for r in rows if statistics.median(r.milliseconds[comparison.THEIRS]) >= 0.6]
+        assert len(long) >= 60
+        assert min(row.ratio for row in long) >= 0.97
 
 
 def test_the_list_of_layers_has_every_kind() -> None:

@@ -6,14 +6,16 @@ Whether their outputs still come out is nbval's test: pytest collects notebooks/
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from asymconv import study
+from asymconv import asymmetry, comparison, profiler, record, study
 from asymconv.kernels import RUNGS
 
 nbformat = pytest.importorskip("nbformat", reason="no Jupyter on this machine")
@@ -66,6 +68,82 @@ def test_every_rung_has_its_notebook_that_shows_and_checks_it() -> None:
     for rung in RUNGS:
         text = (study.NOTEBOOKS / f"{rung.notebook}.ipynb").read_text()
         assert rung.number in text
+
+
+def words_of_05_to_07() -> dict[str, str]:
+    """Sentences with numbers, as the records give them."""
+    ladder, strips = record.load(), record.load(record.DATA_FOLDER / "strips.json")
+    ours, theirs = ladder["k07"].median, ladder["nn.Conv2d"].median
+    strict = ladder["nn.Conv2d, strict fp32"].median
+    floor, k08 = ladder["memory floor"].median, ladder["k08"].median
+    # whole sectors by bulk copies; with and without the one in which a row ends
+    ways = {t.defines.get("COMPLETE", 0): t for t in strips.timings if t.name == "strips"
+            and t.defines.get("STORE") == 3 and t.defines.get("ALIGN") == 8
+            and set(t.defines) <= {"STORE", "ALIGN", "COMPLETE"}}  # fmt: skip
+    part, whole = ways[0].median, ways[1].median
+    alone = strips["memory floor, strips"].median
+    assert strips["k07_hopper_ring"].median <= 1.01 * whole  # "as long as its bytes"
+    counters = profiler.load()["k07"]
+    moved = (counters["dram_read_bytes"] + counters["dram_write_bytes"]) / 1e9
+    short, below = 100 * (ours / 1.3 - 1), 100 * (1 - theirs / ours / 3.2)
+    channels_last = ladder["channels_last"].median
+    return {
+        f"it takes {channels_last:.1f} ms in the same run": "05_tensor_cores",
+        f"{part:.2f} ms become {whole:.2f}": "06_hopper",
+        f"**{whole:.2f} ms** in the record above, and {whole / alone:.2f} times": "06_hopper",
+        f"{whole:.2f} ms where a plain copy of as many bytes takes {floor:.2f}": "06_hopper",
+        f"this is {short:.1f} and {below:.1f} % short": "06_hopper",
+        f"{moved:.2f} GB, where 3.21 would be ideal": "06_hopper",
+        f"takes {strict:.1f} ms in place of {theirs:.1f}": "07_precision",
+        f"{strict / k08:.1f} times as fast as its strict fp32": "07_precision",
+        f"It takes {k08:.2f}.": "07_precision",
+    }
+
+
+def words_of_08_and_09() -> dict[str, str]:
+    def longer(series: str, shape: str, number: str) -> float:
+        """A rung's time an output over that on the series' base."""
+        one = asymmetry.get_series(series)
+        of = {one.named(row.shape): row for row in asymmetry.load()[series].rows
+              if row.shape.out_channels == one.base.out_channels}  # fmt: skip
+
+        def cost(row: asymmetry.Row) -> float:
+            (timing,) = (t for t in row.timings if t.name.startswith(number))
+            return timing.median / row.shape.outputs
+
+        return cost(of[shape]) / cost(of[one.named(one.base)])
+
+    odd = {n: longer("pitch", "1021 of 1023", n) for n in ("k06", "k07", "k08")}
+    odd_too = {n: longer("pitch", "1023 of 1025", n) for n in ("k07", "k08")}
+    wide = [100 * (v - 1) for v in (odd["k07"], odd["k08"], *odd_too.values())]
+    narrow = 100 * (odd["k06"] - 1)
+    rows = comparison.load_layers().rows
+    forward = [row.ratio for row in rows if row.runs and not row.training]
+    backward = [row.ratio for row in rows if row.runs and row.training]
+    noise: dict[bool, list[float]] = {True: [], False: []}
+    for row in rows:
+        if not row.runs:
+            long = statistics.median(row.milliseconds[comparison.THEIRS]) >= 0.6
+            noise[long].append(row.ratio)
+    square = 100 * (longer("aspect", "724×724", "k07") - 1)
+    return {
+        f"k07 and k08 {min(wide):.0f} to {max(wide):.0f} %, k06 {narrow:.0f} %": "08_asymmetry",
+        f"k07 takes {square:.0f} % longer where": "08_asymmetry",
+        f"k07 takes {longer('aspect', '8192×64', 'k07'):.2f} times its time": "08_asymmetry",
+        f"the full {longer('aspect', '8192×64', 'k05'):.2f}": "08_asymmetry",
+        f"forward is {min(forward):.1f} to {max(forward):.1f} times as fast": "09_drop_in",
+        f"{min(backward):.2f} to {max(backward):.1f} times. Where": "09_drop_in",
+        f"{min(noise[True]):.3f} to {max(noise[True]):.3f} where": "09_drop_in",
+        f"{min(noise[False]):.2f} to {max(noise[False]):.2f} below": "09_drop_in",
+    }
+
+
+@pytest.mark.parametrize("words", [words_of_05_to_07, words_of_08_and_09])
+def test_what_they_say_in_words_is_what_the_records_give(words: Callable[[], dict]) -> None:
+    for sentence, stem in words().items():
+        notebook = nbformat.read(study.notebooks()[IDS.index(stem)], as_version=4)
+        text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+        assert sentence in text, f"{stem}: {sentence}"
 
 
 def test_the_study_runs_a_notebook_and_draws_the_figures(tmp_path: Path) -> None:
