@@ -285,7 +285,7 @@ def test_a_series_is_drawn_with_every_method(name: str) -> None:
     costs = {n: c[at] for n, c in measured.costs(series).items() if n.startswith("k")}
     for method in (min(costs, key=costs.__getitem__), "nn.Conv2d"):
         found = plots.significant(max(relative[method]) / min(relative[method]))
-        assert f"{method} by {found}" in " ".join(t.get_text() for t in drawn.texts)
+        assert f"{method} {found} times" in " ".join(t.get_text() for t in drawn.texts)
 
 
 def test_a_series_without_its_base_is_refused() -> None:

@@ -109,5 +109,5 @@ def test_series_are_shown_once_they_are_measured(tmp_path: Path) -> None:
         show.series("aspect", path).data
     )
     for name in plots.LINED:
-        assert "Between best and worst" in repr(show.series_figure(name, path))
+        assert "worst shape over best" in repr(show.series_figure(name, path))
     assert "not measured yet" not in show.answers(path).data

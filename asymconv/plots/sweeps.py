@@ -164,8 +164,8 @@ def _series_finding(measured: Measured, series: Series) -> str:
     rungs = [name for name in relative if name.startswith("k")]
     names = [min(rungs, key=lambda name: costs[name][at])] if rungs else []
     names += [name for name in ("nn.Conv2d",) if name in relative]
-    found = [f"{name} by {significant(experiments.spread(relative[name]))}" for name in names]
-    return "Between best and worst shape the time per output changes: " + ", ".join(found)
+    found = [f"{name} {significant(experiments.spread(relative[name]))} times" for name in names]
+    return "Time per output, worst shape over best: " + ", ".join(found)
 
 
 def series(measured: Measured, series: Series, source: str = experiments.RECORD.name) -> Figure:
