@@ -29,6 +29,8 @@ from asymconv.problem import ConvShape
 Kind = Literal["rung", "peer", "ceiling"]
 
 WARM_MS = 50.0  # of a method, before each of its turns
+# A host stumbles: before a call the GPU is busy for so many times what its host needs, or so many ms.
+HOST_MARGIN, HOST_LEAST_MS = 5.0, 1.0
 LONG_MS = 50.0  # beside that the host's time for a launch is nothing
 L2_MULTIPLE = 4  # inputs beyond this many L2 caches leave nothing of themselves behind
 
@@ -336,7 +338,11 @@ def _take_turns(
     for runner in runners:
         runner.peak = _peak_bytes(runner.run)  # the first call builds plans and loads modules
         first += time_repeats(runner.run, 1)
-        flushes.append(None if buffer is None else _flush(buffer, runner.run))
+        host_ms = _host_ms(runner.run)
+        if buffer is None and host_ms > first[-1] / 2:  # else the queue hides the host
+            flushes.append(_flush(_l2_twice(), host_ms))
+        else:
+            flushes.append(None if buffer is None else _flush(buffer, host_ms))
     for turn in range(rounds):
         for runner, once, flush in zip(runners, first, flushes, strict=True):
             count = max(rounds, repeats_for(once, budget_ms))
@@ -349,12 +355,21 @@ def _take_turns(
             runner.times += time_repeats(runner.run, share, flush)
 
 
-def _flush(buffer: torch.Tensor, run: Callable[[], object]) -> Callable[[], None]:
+def _host_ms(run: Callable[[], object]) -> float:
+    """Milliseconds that a call keeps its host at most, of a few calls."""
+    slowest = 0.0
+    for _ in range(3):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        slowest = max(slowest, 1e3 * (time.perf_counter() - began))
+    return slowest
+
+
+def _flush(buffer: torch.Tensor, host_ms: float) -> Callable[[], None]:
     """What fills L2 with something else, and takes the GPU longer than a call takes its host."""
-    began = time.perf_counter()
-    run()
-    host_ms = 1e3 * (time.perf_counter() - began)
-    times = 1 + math.ceil(host_ms / time_repeats(buffer.zero_, 2)[-1])
+    busy_ms = max(HOST_MARGIN * host_ms, HOST_LEAST_MS)
+    times = 1 + math.ceil(busy_ms / time_repeats(buffer.zero_, 2)[-1])
 
     def flush() -> None:
         for _ in range(times):
@@ -363,11 +378,14 @@ def _flush(buffer: torch.Tensor, run: Callable[[], object]) -> Callable[[], None
     return flush
 
 
+def _l2_twice() -> torch.Tensor:
+    cache = torch.cuda.get_device_properties().L2_cache_size
+    return torch.empty(2 * cache // 4, device="cuda")
+
+
 def _flush_buffer(shape: ConvShape) -> torch.Tensor | None:
     cache = torch.cuda.get_device_properties().L2_cache_size
-    if shape.least_bytes >= L2_MULTIPLE * cache:
-        return None
-    return torch.empty(2 * cache // 4, device="cuda")
+    return None if shape.least_bytes >= L2_MULTIPLE * cache else _l2_twice()
 
 
 def time_calls(

@@ -165,18 +165,45 @@ def test_no_call_is_waited_for_before_the_last_is_queued(monkeypatch: pytest.Mon
     assert measure.time_repeats(lambda: done.append("call"), 2) == [1.5, 1.5]
     assert done == ["event", "call", "event"] * 2 + ["wait"]
     done.clear()
-    flush = measure._flush(SimpleNamespace(zero_=lambda: done.append("clear")), lambda: None)
+    flush = measure._flush(SimpleNamespace(zero_=lambda: done.append("clear")), 0.1)
     done.clear()
     measure.time_repeats(lambda: done.append("call"), 1, flush)
-    assert done == ["clear", "clear", "event", "call", "event", "wait"]
+    assert done == ["clear"] * 2 + ["event", "call", "event", "wait"]
 
 
 def test_a_flush_lasts_longer_than_the_host_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "time_repeats", lambda run, count: [0.5] * count)
     cleared: list[str] = []
     buffer = SimpleNamespace(zero_=lambda: cleared.append("once"))
-    measure._flush(buffer, lambda: time.sleep(0.002))()
-    assert 0.5 * len(cleared) > 2
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    host_ms = measure._host_ms(lambda: time.sleep(0.002))
+    assert host_ms >= 2
+    measure._flush(buffer, host_ms)()
+    assert 0.5 * len(cleared) >= measure.HOST_MARGIN * host_ms
+    cleared.clear()
+    measure._flush(buffer, 0.0)()
+    assert 0.5 * len(cleared) >= measure.HOST_LEAST_MS
+
+
+@pytest.mark.parametrize("host_ms", [0.5, 7.0])
+def test_calls_that_wait_for_their_host_are_timed_behind_a_flush(
+    monkeypatch: pytest.MonkeyPatch, host_ms: float
+) -> None:
+    """Data too large for L2: no flush, unless launches take longer than what they launch."""
+    flushed: list[bool] = []
+
+    def time_repeats(run, count, flush=None) -> list[float]:
+        flushed.append(flush is not None)
+        return [10.0] * count
+
+    monkeypatch.setattr(measure, "time_repeats", time_repeats)
+    monkeypatch.setattr(measure, "_peak_bytes", lambda run: 0)
+    monkeypatch.setattr(measure, "_host_ms", lambda run: host_ms)
+    monkeypatch.setattr(measure, "_l2_twice", lambda: SimpleNamespace(zero_=lambda: None))
+    runner = measure._Runner("", "", lambda: None)
+    measure._take_turns([runner], None, rounds=1, budget_ms=30.0, warm_ms=0.0)
+    assert flushed[-1] == (host_ms > 5)
+    assert runner.times == [10.0] * 3
 
 
 class TestPublishedCounters:
