@@ -29,7 +29,7 @@ from asymconv.problem import ConvShape
 Kind = Literal["rung", "peer", "ceiling"]
 
 WARM_MS = 50.0  # of a method, before each of its turns
-# A host stumbles: before a call the GPU is busy for so many times what its host needs, or so many ms.
+# A host stumbles: before a call the GPU is busy for so many times what its host needs, or for ms.
 HOST_MARGIN, HOST_LEAST_MS = 5.0, 1.0
 LONG_MS = 50.0  # beside that the host's time for a launch is nothing
 L2_MULTIPLE = 4  # inputs beyond this many L2 caches leave nothing of themselves behind

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -279,20 +277,12 @@ class TestRecords:
             if "forced" not in call.what:
                 assert call.ours - call.theirs <= 15, call
 
-    @pytest.mark.xfail(
-        strict=True,
-        reason="calls shorter than their launch were timed with the host; to be recorded anew, "
-        "with `measure._flush`, which is younger than layers.json",
-    )
     def test_no_row_is_slower(self) -> None:
-        assert min(row.ratio for row in comparison.load_layers().rows) >= 0.97
-
-    def test_no_long_row_is_slower(self) -> None:
-        """Longer than any call's way through the host: what the record can say already."""
         rows = comparison.load_layers().rows
-        long = [r for r in rows if statistics.median(r.milliseconds[comparison.THEIRS]) >= 0.6]
-        assert len(long) >= 60
-        assert min(row.ratio for row in long) >= 0.97
+        assert min(row.ratio for row in rows) >= 0.97
+        assert min(row.ratio for row in rows if row.runs) >= 1.05, (
+            "clearly faster where a rung runs"
+        )
 
 
 def test_the_list_of_layers_has_every_kind() -> None:

@@ -125,11 +125,18 @@ def words_of_08_and_09() -> dict[str, str]:
         if not row.runs:
             long = statistics.median(row.milliseconds[comparison.THEIRS]) >= 0.6
             noise[long].append(row.ratio)
+    edge = {w: 100 * (longer("strips", w, "k07") - 1) for w in ("130", "514", "1026")}
+    small = longer("growth", "1×128×256", "k07")
     square = 100 * (longer("aspect", "724×724", "k07") - 1)
     return {
         f"k07 and k08 {min(wide):.0f} to {max(wide):.0f} %, k06 {narrow:.0f} %": "08_asymmetry",
         f"k07 takes {square:.0f} % longer where": "08_asymmetry",
         f"k07 takes {longer('aspect', '8192×64', 'k07'):.2f} times its time": "08_asymmetry",
+        f"cost it {edge['1026']:.0f} % at 1026 (by hand 18)": "08_asymmetry",
+        f"and {edge['514']:.0f} % at 514 (by hand 25)": "08_asymmetry",
+        f"At 130 it is {edge['130']:.0f} % where": "08_asymmetry",
+        f"its limit, pays {100 * (longer('strips', '130', 'k08') - 1):.0f} %": "08_asymmetry",
+        f"k07 takes {small:.1f} times as long for each": "08_asymmetry",
         f"the full {longer('aspect', '8192×64', 'k05'):.2f}": "08_asymmetry",
         f"forward is {min(forward):.1f} to {max(forward):.1f} times as fast": "09_drop_in",
         f"{min(backward):.2f} to {max(backward):.1f} times. Where": "09_drop_in",
