@@ -210,6 +210,7 @@ SERIES: tuple[Series, ...] = (
         "compiled",
         "Does torch.compile make it faster, at any aspect ratio?",
         "As for aspect.",
+        # a shape costs some 50 s: by inductor's log, 40 of them on Triton kernels that lose
         (ASPECTS[0], CONTRACT, ASPECTS[-1]),
         _size,
         peers=(PEERS[0], *COMPILED),

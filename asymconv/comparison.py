@@ -203,12 +203,16 @@ def _layer_pair(shape: ConvShape, weight: torch.Tensor) -> dict[str, nn.Conv2d]:
     return pair
 
 
+CANDIDATES = ("k05", "k06", "k07", "k08")
+"""Rungs that dispatch may choose, or might."""
+
+
 def _candidates(shape: ConvShape, tf32: bool, chosen: Rung | None, device: str) -> Iterator[Rung]:
     """Rungs beside the chosen one that might be faster than nn.Conv2d: 3×3, one group."""
     if shape.kernel != (3, 3) or shape.groups > 1 or device != "cuda":
         return
     capability = torch.cuda.get_device_capability()
-    for rung in map(get_rung, ("k05", "k06", "k07")):
+    for rung in map(get_rung, CANDIDATES):
         fits = rung.applies(shape) and rung.runs_on(capability)
         if rung is not chosen and fits and (rung.precision == "tf32") == tf32:
             yield rung
@@ -373,7 +377,7 @@ def measure_layers(
     Raises:
         AssertionError: a result is wrong.
     """
-    rungs = [get_rung(number) for number in ("k05", "k06", "k07")]
+    rungs = [get_rung(number) for number in CANDIDATES]
     rungs = [rung for rung in rungs if rung.runs_on(torch.cuda.get_device_capability())]
     so_far = Layers(
         record.environment(),

@@ -119,6 +119,15 @@ def from_the_ladder(ladder: Record, variants: Record, counters: Profile) -> Iter
         f"a load for {batch} images; k03 {line:.1f} for 32 pixels",
         "ladder: k02, k03; counters",
     )
+    lanes = 32
+    stores = counters["k03"]["global_store_sectors"] / counters["k03"]["global_store_requests"]
+    yield Answer(
+        "128 threads a block, each an output channel",
+        verdict(stores / lanes),
+        f"by count, not timed: neighbours are a plane apart, {lanes} sectors a store and a load of "
+        f"w; k03, along the width, {stores:.1f} a store and one a load of w",
+        "counters: k03",
+    )
     idea = "Loop over the output channels in the kernel, for fewer blocks"
     yield _rung(idea, ladder, "k01", "k02", "k02 beside k01")
     blocks = math.prod((CONTRACT.out_height, CONTRACT.out_width, CONTRACT.out_channels))
@@ -184,6 +193,19 @@ def from_the_series(ladder: Record, asymmetry: Asymmetry | None) -> Iterator[Ans
         yield Answer(idea, verdict(gain), number, "asymmetry: unrolling")
     else:
         yield _not_yet(idea, "unrolling")
+
+    idea = "Vectorized loads and stores"
+    if found := _measured(asymmetry, "pitch", "k05", "k06"):
+        series, measured = found
+        at = [series.named(shape) for shape in series.shapes].index("1021 of 1023")
+        gains = {name: measured.relative(series)[name][at] for name in ("k06", "k05")}
+        number = (
+            "rows of 1021 columns, which allow 4 bytes at once in place of 8 or 16: "
+            + ", ".join(f"{name} {_times(1 / gain)}" for name, gain in gains.items())
+        )
+        yield Answer(idea, verdict(gains["k06"]), number, "asymmetry: pitch")
+    else:
+        yield _not_yet(idea, "pitch")
 
     idea = "nn.Conv2d is not optimized for wide pictures"
     if found := _measured(asymmetry, "aspect", "nn.Conv2d", best):

@@ -543,6 +543,9 @@ def series(name: str, path: Path | None = None) -> Markdown:
         return Markdown(text + _not_taken("asymmetry").data)
     rows = table(tables.asymmetry_headers(its), tables.asymmetry_rows(its, measured))
     made_on = f"*Medians on {measured.made['gpu']}, {measured.made['date']}.*"
+    if set(measured.relative(its)) & set(experiments.SLOW):
+        slow = " and ".join(experiments.SLOW)
+        made_on += f" *{slow} with {experiments.SLOW_FILTERS} output channels.*"
     out = {f"{n}, {row.shape}: {why}" for row in measured.rows for n, why in row.left_out.items()}
     lines = "".join(f"\n- not measured: {line}" for line in sorted(out))
     return Markdown(f"{text}{rows.data}\n\n{made_on}\n{lines}")

@@ -50,8 +50,6 @@ def test_series_are_what_they_say(series: Series) -> None:
         for shape in series.shapes:
             assert rung.refuses(shape, defines) is None
     assert 0 < asymmetry.estimate(series) < 120
-    for shape in series.shapes:
-        assert asymmetry.needed_bytes(shape) < 80e9, "does not fit an H100"
 
 
 def test_the_names_are_different_and_an_unknown_one_is_refused() -> None:
@@ -535,7 +533,7 @@ def test_answers_are_what_the_records_say() -> None:
     assert f"{times[1] / times[0]:.3g} times faster" in answer.number
     unknown = [a for a in found.values() if a.verdict == hints.NOT_YET]
     assert all(a.record.startswith("asymmetry: ") and not a.number for a in unknown)
-    assert len(unknown) == 4
+    assert len(unknown) == 5
 
 
 def test_the_series_answer_once_they_are_measured() -> None:

@@ -270,6 +270,7 @@ class TestRecords:
             where = f"{row.network}, {row.shape}, training {row.training}"
             decision = decide(facts(row.shape, tf32=row.tf32))
             assert (decision.rung.name if decision.rung else "") == row.runs, where
+            assert not decision.rung or decision.rung.number in layers.rungs, where
             assert row.ratio >= 0.97 or not row.runs, where
             if row.runs and not row.training:
                 assert row.ratio >= 1.8, where
