@@ -33,7 +33,7 @@ def _keep_bits(x: torch.Tensor, dropped: int, half: int) -> torch.Tensor:
 
 
 def to_tf32(x: torch.Tensor) -> torch.Tensor:
-    """float32 rounded to TF32's 11 significant bits, to nearest, ties away from zero.
+    """float32 of any shape rounded to TF32's 11 significant bits, to nearest, ties away from zero.
 
     As cvt.rna.tf32.f32 does (PTX ISA 9.7.9.22), and cuDNN: found by comparing (notebook 07).
     """
@@ -41,17 +41,20 @@ def to_tf32(x: torch.Tensor) -> torch.Tensor:
 
 
 def cut_to_tf32(x: torch.Tensor) -> torch.Tensor:
-    """float32 with the 13 bits that TF32 has not cut off: what mma does with plain float32."""
+    """float32 of any shape, the 13 bits that TF32 has not cut off: mma's way with plain float32."""
     return _keep_bits(x, 13, 0)
 
 
 def to_fp16(x: torch.Tensor) -> torch.Tensor:
-    """float32 rounded to fp16: 11 bits, from 2^-14 to 65504 (IEEE 754 binary16), as float32."""
+    """float32 of any shape rounded to fp16, as float32.
+
+    11 bits, from 2^-14 to 65504 (IEEE 754 binary16).
+    """
     return x.half().float()
 
 
 def to_bf16(x: torch.Tensor) -> torch.Tensor:
-    """float32 rounded to bfloat16: 8 bits, float32's range, as float32."""
+    """float32 of any shape rounded to bfloat16, as float32: 8 bits, float32's range."""
     return x.bfloat16().float()
 
 
@@ -59,13 +62,18 @@ LO_SCALE = 2.0**11
 
 
 def halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 as hi + lo / 2^11, both fp16 (Ootomo & Yokota 2022, arXiv 2203.03341), as float32."""
+    """float32 of any shape as hi + lo / 2^11, both fp16's values as float32.
+
+    Ootomo & Yokota 2022, arXiv 2203.03341.
+    """
     hi = to_fp16(x)
     return hi, to_fp16((x - hi) * LO_SCALE)
 
 
 def scaled(x: torch.Tensor, top: int) -> tuple[torch.Tensor, float]:
     """A tensor times the power of two that brings its largest magnitude to 2^top, and that power.
+
+    Any shape; infinities and NaN are not looked at, zeros alone get a power of 1.
 
     What `asymconv.kernels.half_range` does, with all values looked at in place of a sample.
     """
@@ -83,7 +91,7 @@ AT_ONCE = 16
 
 
 def cut_to_fp32(x: torch.Tensor) -> torch.Tensor:
-    """float64 to float32 toward zero: how tensor cores round a sum.
+    """float64 of any shape to float32 toward zero: how tensor cores round a sum.
 
     Fasi, Higham, Mikaitis & Pranesh 2021, Numerical behavior of NVIDIA tensor cores, PeerJ
     Computer Science 7:e330, found it on V100, T4 and A100. For the H100 it is an assumption.
@@ -234,6 +242,7 @@ HARD: Mapping[str, Callable[[torch.Tensor, torch.Tensor], Data]] = {
 def worst(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, shape: ConvShape) -> float:
     """Largest error of an output over the sum of the magnitudes of its terms; no bias.
 
+    Shapes: x (N, C, H, W), weight (K, C / groups, R, S), y, the result to judge, (N, K, OH, OW).
     Infinite where y is infinite or NaN and the reference is not, or the other way round.
     """
     y, ref = y.double(), reference(x, weight, None, shape)
@@ -332,7 +341,15 @@ def load(path: Path = RECORD) -> Accuracy:
 
 
 def histogram(difference: torch.Tensor, ref: torch.Tensor) -> dict[str, int]:
-    """How many errors lie from one power of two of the outputs' root mean square to the next."""
+    """How many errors lie from one power of two of the outputs' root mean square to the next.
+
+    Args:
+        difference: of a result and the reference, any shape.
+        ref: the reference, of the same shape.
+
+    Returns:
+        By exponent e, as text, the errors from 2^e to 2^(e + 1); `EXACT` counts those that are 0.
+    """
     relative = (difference.abs() / ref.square().mean().sqrt()).flatten()
     exponents = torch.frexp(relative).exponent - 1
     found, counts = torch.unique(exponents[relative > 0], return_counts=True)
@@ -436,11 +453,14 @@ def _of_range(
 
 
 def rounding_error(x: torch.Tensor, to: Callable[[torch.Tensor], torch.Tensor]) -> float:
-    """‖to(x) - x‖ / ‖x‖: what rounding alone does to operands."""
+    """‖to(x) - x‖ / ‖x‖, x of any shape: what rounding alone does to operands."""
     return ((to(x).double() - x.double()).norm() / x.double().norm()).item()
 
 
 def outside(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> float:
-    """The part of elements for which torch.allclose(a, b, tolerance, tolerance) would be false."""
+    """The part of elements for which torch.allclose(a, b, tolerance, tolerance) would be false.
+
+    a and b have the same shape, any.
+    """
     near = (a.double() - b.double()).abs() <= tolerance + tolerance * b.double().abs()
     return 1.0 - near.double().mean().item()

@@ -414,8 +414,13 @@ class Kernel:
         """The memory accesses of one call, line by line of the rung's own source.
 
         Backend "cpu-traced" only. The tensors are copied to where cudaMalloc would put them, at
-        multiples of 256 bytes, so that the sectors counted are those of a GPU. multiprocessors: of
-        the GPU, for rungs that start as many blocks as it has.
+        multiples of 256 bytes, so that the sectors counted are those of a GPU.
+
+        Args:
+            x, weight, bias, shape: as of a call (`__call__`): (N, C, H, W) and so on.
+            multiprocessors: of the GPU, for rungs that start as many blocks as it has.
+
+        Raises what a call raises.
         """
         data = [
             None if t is None else cpu.aligned_empty(*t.shape).copy_(t) for t in (x, weight, bias)

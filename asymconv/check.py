@@ -131,6 +131,9 @@ def random_data(
         shape: the convolution.
         device: where to.
         seed: None draws a fresh one.
+
+    Returns:
+        x (N, C, H, W), weight (K, C / groups, R, S), and bias (K,) or None, all float32.
     """
     generator = torch.Generator(device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
@@ -158,6 +161,9 @@ def integer_data(
         device: where to.
         seed: None draws a fresh one.
         bits: that hold the largest sum: 24 where sums and results are fp32, 11 for fp16 results.
+
+    Returns:
+        x (N, C, H, W), weight (K, C / groups, R, S), and bias (K,) or None, all float32.
     """
     generator = torch.Generator(device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
@@ -229,11 +235,11 @@ class Expected:
         self._kept: dict[tuple[str, int], tuple[torch.Tensor, ...]] = {}
 
     def random(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """`random_data`, the same at every call."""
+        """`random_data`, the same at every call; its shapes are given there."""
         return self._repeated(random_data(self.shape, self.device, self.seed))
 
     def integers(self, bits: int = 24) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """`integer_data`, the same at every call."""
+        """`integer_data`, the same at every call; its shapes are given there."""
         return self._repeated(integer_data(self.shape, self.device, self.seed + 1, bits))
 
     def _repeated(
@@ -248,7 +254,10 @@ class Expected:
     def of_random(
         self, n: int, data: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image n of `random` convolved in float64, and the sums of its terms' magnitudes."""
+        """Image n of `random` convolved in float64, and the sums of its terms' magnitudes.
+
+        data: what `random` gave. Both results are (1, K, OH, OW).
+        """
         key = ("random", n % self.images)
         if key in self._kept:
             return self._kept[key]  # type: ignore[return-value]
@@ -262,7 +271,10 @@ class Expected:
     def of_integers(
         self, n: int, bits: int, data: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
     ) -> torch.Tensor:
-        """Image n of `integers` convolved, exact, as float32."""
+        """Image n of `integers` convolved, exact, as float32: (1, K, OH, OW).
+
+        bits, data: what `integers` was asked for, and gave.
+        """
         key = (f"integers of {bits} bits", n % self.images)
         if key in self._kept:
             return self._kept[key][0]

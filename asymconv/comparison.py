@@ -448,7 +448,10 @@ LOSS_TOLERANCE = 1e-2
 
 
 def explained(model: nn.Module, x: torch.Tensor) -> dict[str, str]:
-    """`explain` for every convolution of a network on this input, by its name."""
+    """`explain` for every convolution of a network on this input, by its name.
+
+    x has the shape that the network takes. Raises what the network raises.
+    """
     lines: dict[str, str] = {}
     hooks = [
         module.register_forward_pre_hook(

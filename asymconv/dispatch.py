@@ -207,6 +207,9 @@ def decide(facts: Facts, forced: tuple[str, ...] | None = None) -> Decision:
     Args:
         facts: all that the decision depends on.
         forced: rungs by number, best first; the first that can run it does, faster or not.
+
+    Raises:
+        KeyError: `forced` names no rung.
     """
     if facts.device != "cuda" and forced is None:
         return Decision(None, f"rungs run on CUDA, this is on {facts.device}")
@@ -343,7 +346,15 @@ def facts_of(
     dilation: Sequence[int],
     groups: int,
 ) -> Facts:
-    """The facts of a call under PyTorch's present flags. Reads no tensor's values."""
+    """The facts of a call under PyTorch's present flags. Reads no tensor's values.
+
+    Args:
+        x: (N, C, H, W), or what PyTorch will refuse.
+        weight: (K, C / groups, R, S).
+        bias: (K,), or None.
+        stride, padding, dilation: (height, width), in pixels (`pairs_of`).
+        groups: of channels.
+    """
     device, dtype = x.device, x.dtype
     kind = "hip" if device.type == "cuda" and torch.version.hip else device.type
     one_device = weight.device == device and (bias is None or bias.device == device)
@@ -376,7 +387,14 @@ def may_win(
 
     Flags may change after the compilation and sizes may be symbols, so the operator decides when
     it runs. Where no flags and no size could matter, PyTorch's convolution goes into the graph,
-    where the compiler knows it. Sizes are asked without guards: none of them specializes.
+    where the compiler knows it: on a GPU that was not measured, too, and without a warning. Sizes
+    are asked without guards: none of them specializes.
+
+    Args:
+        x: (N, C, H, W), sizes perhaps symbols.
+        weight: (K, C / groups, R, S).
+        stride, padding, dilation: (height, width), in pixels (`pairs_of`).
+        groups: of channels.
     """
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
 

@@ -22,6 +22,7 @@ class Conv2d(nn.Conv2d):
     cache).
 
     Shapes: input (N, C, H, W) or (C, H, W), output (N, K, OH, OW) or (K, OH, OW).
+    Raises what nn.Conv2d raises, for the same arguments and inputs.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -52,6 +53,15 @@ def convert(model: Module) -> Module:
     train or eval mode are untouched. Subclasses of nn.Conv2d keep their own ways (lazy layers
     too, until their first call has made them an nn.Conv2d), and compiled or scripted modules
     stay as they are.
+
+    Args:
+        model: any nn.Module, itself an nn.Conv2d too.
+
+    Returns:
+        The same object.
+
+    Raises:
+        AttributeError: it is no nn.Module.
     """
     for module in model.modules():
         if type(module) is nn.Conv2d:
@@ -69,7 +79,7 @@ def explain(x: torch.Tensor, layer: nn.Module) -> str:
     Builds the kernel if it must, as the call would.
 
     Args:
-        x: the layer's input.
+        x: the layer's input, (N, C, H, W) or (C, H, W).
         layer: an `asymconv.Conv2d` or `ModelNew`; of an `nn.Conv2d` it says what `convert`
             would change.
 

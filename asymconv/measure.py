@@ -140,7 +140,9 @@ class Peer:
         bias: torch.Tensor | None,
         shape: ConvShape,
     ) -> Call:
-        """Make what may be made beforehand; the call that is left.
+        """Make what may be made beforehand; the call that is left, which gives (N, K, OH, OW).
+
+        Shapes: x (N, C, H, W), weight (K, C / groups, R, S), bias (K,), all as `shape` has them.
 
         Raises what PyTorch raises: torch.OutOfMemoryError, or the compiler's errors.
         """

@@ -188,7 +188,25 @@ def decide_call(
     dilation: int | Sequence[int],
     groups: int,
 ) -> tuple[Decision, tuple | None]:
-    """What `conv2d` does with a call, and its pairs; builds the kernel if there is one to build."""
+    """What `conv2d` does with a call, and its pairs; builds the kernel if there is one to build.
+
+    Warns once where the machine is why no rung runs.
+
+    Args:
+        x: (N, C, H, W), or what PyTorch will refuse.
+        weight: (K, C / groups, R, S).
+        bias: (K,), or None.
+        stride, padding, dilation: one number or (height, width), in pixels; padding also "valid"
+            or "same".
+        groups: of channels.
+
+    Returns:
+        The decision, and stride, padding and dilation as pairs; None in place of these where only
+        PyTorch knows what to do with them.
+
+    Raises:
+        KeyError: `dispatch.always` was given a rung that there is not.
+    """
     if not (
         type(x) in _PLAIN and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     ):

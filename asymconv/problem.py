@@ -65,7 +65,7 @@ def get_init_inputs() -> list[int]:
 
 
 def pair(value: int | tuple[int, int] | list[int]) -> Pair:
-    """(height, width) from one number or from two."""
+    """(height, width) from one number or from two. Raises ValueError for any other count."""
     if isinstance(value, int):
         return (value, value)
     height, width = value

@@ -183,7 +183,10 @@ class Convolution(torch.autograd.Function):
         kernel: Kernel,
         shape: ConvShape,
     ) -> torch.Tensor:
-        """Convolve x (N, C, H, W) with weight (K, C / groups, R, S): (N, K, OH, OW)."""
+        """Convolve x (N, C, H, W) with weight (K, C / groups, R, S): (N, K, OH, OW).
+
+        Raises RuntimeError where CUDA refuses the launch.
+        """
         ctx.save_for_backward(x, weight)
         ctx.shape = shape
         out = torch.empty(shape.output_shape, dtype=torch.float32, device=x.device)
@@ -194,7 +197,7 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of x, weight and bias."""
+        """Gradients of x, weight and bias, each of its shape, from that of the output."""
         x, weight = ctx.saved_tensors
         shape = ctx.shape
         bias_size = [shape.out_channels] if shape.bias else None

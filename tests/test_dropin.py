@@ -690,18 +690,23 @@ def test_without_a_compiler_one_warning_from_many_threads(
 
 
 def test_an_older_gpu_warns_once(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made-up facts in place of a GPU's: the call itself runs here."""
+    """Tensors say that they are on one; PyTorch's convolution, in C++, sees that they are here."""
     machine = "k07 was measured on sm_90, this GPU is sm_80"
-    older = dispatch.Decision(None, machine, machine=machine)
-    monkeypatch.setattr(op, "decide", lambda facts, forced: older)
-    theirs, ours = pair(**SERVED)
-    x = torch.rand(1, 4, 8, 16)
-    with dispatch.always(), pytest.warns(RuntimeWarning, match="sm_90, this GPU is sm_80"):
-        close(ours(x), theirs(x))
-    with dispatch.always(), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        close(ours(x), theirs(x))
-        assert machine in explain(x, ours)
+    theirs, ours = pair(in_channels=48, out_channels=64, kernel_size=3)
+    x = torch.rand(1, 48, 492, 1026)  # 501,760 output pixels
+    expected = theirs(x)
+    with monkeypatch.context() as there, torch.no_grad():
+        there.setattr(dispatch, "_capability", lambda index: (8, 0))
+        there.setattr(torch.Tensor, "is_cuda", True)
+        there.setattr(torch.Tensor, "device", torch.device("cuda", 0))
+        with pytest.warns(RuntimeWarning, match=machine):
+            first = ours(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            second = ours(x)
+            assert machine in explain(x, ours)
+    close(first, expected)
+    close(second, expected)
 
 
 def test_import_builds_nothing_and_is_quick() -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import statistics
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import typer
 import yaml
 
-from asymconv import comparison, record
+from asymconv import comparison, record, retake
 from asymconv.cli import app
 from asymconv.kernels import RUNGS
 
@@ -52,6 +54,17 @@ def test_readme_names_commands_notebooks_and_files_that_there_are() -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_readme_says_where_each_file_of_data_comes_from() -> None:
+    """Those that `asymconv record` makes are known by its name, all others are named."""
+    files = {path.name for path in record.DATA_FOLDER.iterdir()}
+    assert set(retake.FILES.values()) <= files
+    listed = (ROOT / "README.md").read_text().split("taken once", 1)[1].split("\n## ", 1)[0]
+    for name in files - set(retake.FILES.values()):
+        assert name in listed or Path(name).stem in listed, name
+    for command in retake.FILES:
+        assert f"`{command}`" in (ROOT / "README.md").read_text(), command
+
+
 def test_rungs_are_numbered_in_order_and_named_as_their_files() -> None:
     folder = ROOT / "asymconv" / "kernels"
     names = [rung.name for rung in RUNGS]
@@ -59,6 +72,40 @@ def test_rungs_are_numbered_in_order_and_named_as_their_files() -> None:
     assert names == sorted(path.stem for path in folder.glob("k[0-9][0-9]_*.py"))
     for rung in RUNGS:
         assert (ROOT / "notebooks" / f"{rung.notebook}.ipynb").exists()
+
+
+def public_functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
+    """Of a module or a class, and of the public classes in it."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node.body)
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node
+
+
+def raised(node: ast.AST) -> Iterator[str]:
+    """Names of the exceptions that a function raises itself."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Raise) and isinstance(child.exc, ast.Call):
+            yield ast.unparse(child.exc.func).split(".")[-1]
+        elif not isinstance(child, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+            yield from raised(child)
+
+
+def test_docstrings_name_exceptions_and_the_shapes_of_tensors() -> None:
+    """That there is one at all is ruff's to say; cli's functions are commands, whose help it is."""
+    lacking = []
+    for path in sorted(set((ROOT / "asymconv").rglob("*.py")) - {ROOT / "asymconv" / "cli.py"}):
+        for function in public_functions(ast.parse(path.read_text()).body):
+            said = ast.get_docstring(function) or ""
+            types = [a.annotation for a in (*function.args.args, *function.args.kwonlyargs)]
+            annotated = " ".join(ast.unparse(a) for a in (*types, function.returns) if a)
+            wanted = [name for name in raised(function) if name not in said]
+            if re.search(r"\bTensor\b", annotated) and not re.search(r"\([NK\d]+,|shape", said):
+                wanted.append("a shape")
+            if wanted:
+                lacking.append(f"{path.relative_to(ROOT)}, {function.name}: {', '.join(wanted)}")
+    assert not lacking, "\n".join(lacking)
 
 
 def test_ruff() -> None:

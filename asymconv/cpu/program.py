@@ -351,7 +351,7 @@ def _source_line(frames: Sequence[str], wrapped: bool) -> int:
 
 
 def aligned_empty(*shape: int) -> torch.Tensor:
-    """An uninitialized float32 CPU tensor that begins, as cudaMalloc's do, at 256 bytes.
+    """An uninitialized float32 CPU tensor of this shape that begins, as cudaMalloc's, at 256 bytes.
 
     The sectors of a request depend on where its tensor begins; torch aligns to 64 bytes only.
     """
