@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from asymconv import asymmetry, comparison, record
 from asymconv.asymmetry import SLOW, SLOW_FILTERS, Measured, Row, Series
 from asymconv.kernels import RUNGS
 from asymconv.measure import ALL_PEERS, Timing
@@ -44,6 +45,18 @@ def whole_ladder() -> Record:
     rungs = [timing(r.name, "rung", ms) for r, ms in zip(RUNGS, RUNG_MS, strict=False)]
     peers = [timing(p.name, "peer", ms) for p, ms in zip(ALL_PEERS, PEER_MS, strict=True)]
     return Record("a test", CONTRACT, MADE, (*rungs, *peers, *ceilings()), {})
+
+
+def theirs_on_the_contract() -> list[float]:
+    """Medians of nn.Conv2d's default, forward, on the contract's shape: of each record, in ms."""
+    name = comparison.THEIRS
+    found = [record.load(record.LADDER)[name].median]
+    rows = [row for measured in asymmetry.load().values() for row in measured.rows]
+    found += [t.median for r in rows if r.shape == CONTRACT for t in r.timings if t.name == name]
+    for row in comparison.load_layers().rows:
+        if row.shape == CONTRACT and row.tf32 and not row.training:
+            found.append(row.median(name))
+    return found
 
 
 def measured_sample(series: Series) -> Measured:

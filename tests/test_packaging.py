@@ -13,6 +13,7 @@ from pathlib import Path
 
 import typer
 import yaml
+from samples import theirs_on_the_contract
 
 from asymconv import comparison, record, retake
 from asymconv.cli import app
@@ -149,11 +150,13 @@ def test_the_readmes_claims_are_what_the_records_give() -> None:
     ladder, network = record.load(record.LADDER), comparison.load_network()
     theirs, strict = ladder["nn.Conv2d"].median, ladder["nn.Conv2d, strict fp32"].median
     ours = ladder["k07"].median
+    runs = theirs_on_the_contract()
     before, after = (network.forward[name] for name in (comparison.THEIRS, comparison.OURS))
     for claim in (
         f"{theirs / ours:.2f} times as fast as PyTorch's default",
         f"{strict / ladder['k08'].median:.1f} times as fast as PyTorch's strict fp32",
         f"k07 takes {ours / ladder['memory floor'].median:.2f} times what moving the bytes alone",
+        f"nn.Conv2d takes {min(runs):.2f} to {max(runs):.2f} ms on the contract's shape",
         f"takes {statistics.median(after):.0f} ms converted and {statistics.median(before):.0f}",
     ):
         assert claim in readme, claim
