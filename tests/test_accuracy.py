@@ -189,6 +189,7 @@ def test_the_figures_say_what_the_record_has() -> None:
     assert of["k08"].where in text
     grown = {name: errors[2048] / errors[8] for name, errors in of.growth.items()}
     text = plots.svg(plots.growth(of))
+    assert "Models of rounding on a CPU, no GPU's numbers" in text
     assert (
         f"{max(grown, key=grown.get)} grows {plots.significant(max(grown.values()))} times" in text
     )

@@ -50,6 +50,14 @@ def _exact(of: Accuracy) -> list[str]:
     ]
 
 
+def _models(of: Accuracy) -> list[str]:
+    """The small print of what models alone gave."""
+    return [
+        f"{accuracy.GROWTH_SHAPE}, and other numbers of input channels · errors against float64",
+        _exact(of)[-1],
+    ]
+
+
 SPREAD = ("bf16", "TF32, cut off", "TF32", "fp16", "k06", "k07", "fp32", "k05", "k08")
 """Whose errors figures/errors.svg shows."""
 
@@ -127,10 +135,13 @@ def growth(of: Accuracy) -> Figure:
         f"From {first} to {last} channels the error of {worst_} grows "
         f"{significant(grown[worst_])} times, of {least} {significant(grown[least])} times"
     )
-    subtitle = "Models of 3×3 convolutions; dashed: growth with the root of the number of terms."
+    subtitle = (
+        "Models of rounding on a CPU, no GPU's numbers; dashed: growth with the root of the number "
+        "of terms."
+    )
     height, left = 300.0, 74.0
     with style():
-        figure, bottom, _top = page(height + 60, title, subtitle, _exact(of)[1:])
+        figure, bottom, _top = page(height + 60, title, subtitle, _models(of))
         axes = axes_at(figure, left, bottom + 42, WIDTH - left - MARGIN - 150, height)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
