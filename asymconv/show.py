@@ -94,20 +94,46 @@ def loop(rung: Rung, first: str) -> Markdown:
     return Markdown("```cpp\n" + "\n".join(_loop_lines(rung, first)) + "\n```")
 
 
-def _loop_lines(rung: Rung, first: str) -> list[str]:
-    """The lines of the loop of a rung's text whose first line begins so; raises KeyError."""
+def piece(rung: Rung, first: str, last: str) -> Markdown:
+    """Some lines of a rung's CUDA text.
+
+    Args:
+        rung: whose text.
+        first: how the first of them begins.
+        last: how the last of them begins, the next one after the first that does.
+
+    Raises:
+        KeyError: the text does not have exactly one such first line, or no such last one.
+    """
+    lines, begin, indent = _only(rung, first, "lines")
+    end = next((i for i in range(begin, len(lines)) if lines[i].lstrip().startswith(last)), None)
+    if end is None:
+        raise KeyError(f"{rung.name} has no line {last!r} after {first!r}")
+    text = "\n".join(line.removeprefix(indent) for line in lines[begin : end + 1])
+    return Markdown(f"```cpp\n{text}\n```")
+
+
+def _only(rung: Rung, first: str, what: str) -> tuple[list[str], int, str]:
+    """A rung's lines, which of them alone begins so, and its indent; raises KeyError."""
     lines = rung.source.splitlines()
     found = [i for i, line in enumerate(lines) if line.lstrip().startswith(first)]
     if len(found) != 1:
-        raise KeyError(f"{rung.name} has {len(found)} loops {first!r}")
-    begin = found[0]
-    indent = lines[begin][: -len(lines[begin].lstrip())]
+        raise KeyError(f"{rung.name} has {len(found)} {what} {first!r}")
+    line = lines[found[0]]
+    return lines, found[0], line[: -len(line.lstrip())]
+
+
+def _loop_lines(rung: Rung, first: str) -> list[str]:
+    """The lines of the loop of a rung's text whose first line begins so; raises KeyError."""
+    lines, begin, indent = _only(rung, first, "loops")
     end = next(i for i in range(begin, len(lines)) if lines[i] == indent + "}")
     return [line.removeprefix(indent) for line in lines[begin : end + 1]]
 
 
 def difference(before: Rung, after: Rung, loop: str | None = None) -> Markdown:
-    """What a rung changes in the CUDA text of another, as a unified diff.
+    """What a rung changes in the CUDA text of another: lines out (-), in (+), and around.
+
+    Of whole texts, a line that only moves to the right, into a new loop, counts as it was.
 
     Args:
         before, after: the rungs.
@@ -116,14 +142,20 @@ def difference(before: Rung, after: Rung, loop: str | None = None) -> Markdown:
     Raises:
         KeyError: one of them does not have exactly one such loop.
     """
-    lines = difflib.unified_diff(
-        before.source.strip().splitlines() if loop is None else _loop_lines(before, loop),
-        after.source.strip().splitlines() if loop is None else _loop_lines(after, loop),
-        before.name,
-        after.name,
-        lineterm="",
-        n=1 if loop is None else 1000,
+    old, new = (
+        rung.source.strip().splitlines() if loop is None else _loop_lines(rung, loop)
+        for rung in (before, after)
     )
+    same = (text if loop else [line.strip() for line in text] for text in (old, new))
+    matcher = difflib.SequenceMatcher(None, *same, autojunk=False)
+    lines = [f"--- {before.name}", f"+++ {after.name}"]
+    for group in matcher.get_grouped_opcodes(1 if loop is None else 1000):
+        lines.append("@@")
+        for tag, old_from, old_to, new_from, new_to in group:
+            if tag != "equal":
+                lines += [f"-{line}" for line in old[old_from:old_to]]
+            mark = " " if tag == "equal" else "+"
+            lines += [f"{mark}{line}" for line in new[new_from:new_to]]
     return Markdown("```diff\n" + "\n".join(lines) + "\n```")
 
 
@@ -421,13 +453,28 @@ def halo(rung: Rung, tiles: Sequence[tuple[int, int]], shape: ConvShape) -> Mark
 
 
 def layers(path: Path = comparison.LAYERS_RECORD) -> Markdown:
-    """The record of `asymconv layers` as a table, or that it was not taken yet."""
+    """The record of `asymconv layers` as a table, or that it was not taken yet.
+
+    The rows in which no rung runs are folded below it: a click shows them.
+    """
     if not path.exists():
         return _not_taken("layers")
     of = comparison.load_layers(path)
     made_on = f"*Medians on {of.made['gpu']}, torch {of.made['torch']}, {of.made['date']}.*"
-    rows = table(tables.LAYER_HEADERS, tables.layer_rows(of))
-    return Markdown(f"{rows.data}\n\n{made_on}")
+    rows = list(tables.layer_rows(of))
+    kernel_ = tables.LAYER_HEADERS.index("kernel")
+    ours = table(tables.LAYER_HEADERS, [r for r in rows if r[kernel_] != tables.PYTORCHS])
+    theirs = [r for r in rows if r[kernel_] == tables.PYTORCHS]
+    text = f"{ours.data}\n\n{made_on}"
+    if theirs:
+        ratios = [row.ratio for row in of.rows if not row.runs]
+        summary = (
+            f"{len(theirs)} rows in which PyTorch's own runs on both sides: "
+            f"× from {min(ratios):.2f} to {max(ratios):.2f}"
+        )
+        folded = table(tables.LAYER_HEADERS, theirs).data
+        text += f"\n\n<details><summary>{summary}</summary>\n\n{folded}\n\n</details>"
+    return Markdown(text)
 
 
 def calls(path: Path = comparison.LAYERS_RECORD) -> Markdown:
@@ -518,7 +565,7 @@ def decisions(capability: tuple[int, int], *layers: tuple[ConvShape, str, bool])
             *(shape.stride, shape.padding, shape.dilation, shape.groups),
         )
         decision = dispatch.decide(facts)
-        runs = decision.rung.number if decision.rung else "PyTorch's"
+        runs = decision.rung.number if decision.rung else tables.PYTORCHS
         flags = "allowed" if tf32 else "forbidden"
         rows.append((f"{shape}, {layout}, TF32 {flags}", runs, decision.reason))
     return table(("layer", "runs", "because"), rows, texts=3)

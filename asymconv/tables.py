@@ -129,6 +129,9 @@ def update_readme(path: Path, record: Record) -> None:
     write_atomically(path, with_table(path.read_text(), record))
 
 
+PYTORCHS = "PyTorch's"
+"""Stands where a rung's number would, if PyTorch's own convolution runs."""
+
 LAYER_HEADERS = ("layer", "batch", "kernel", "forward, ms", "×", "with backward, ms", "×")
 
 
@@ -152,7 +155,7 @@ def layer_rows(layers: Layers) -> Iterator[tuple[str, ...]]:
             else:
                 cells += ["", ""]
         flags = "" if tf32 else ", TF32 forbidden"
-        kernel = short_name(runs) if runs else "PyTorch's"
+        kernel = short_name(runs) if runs else PYTORCHS
         yield name + flags, str(shape.batch), kernel, *cells
 
 

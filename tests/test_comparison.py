@@ -92,6 +92,12 @@ def test_notebook_09_shows_the_records_or_says_there_are_none(tmp_path: Path) ->
     layers_record().save(tmp_path / "layers.json")
     network_record().save(tmp_path / "network.json")
     assert "| 3 → 1.25 | 2.40 |" in show.layers(tmp_path / "layers.json").data
+    assert "<details>" not in show.layers(tmp_path / "layers.json").data, "a rung runs in each row"
+    ours, theirs = show.layers().data.split("<details>")
+    rows = list(tables.layer_rows(comparison.load_layers()))
+    folded = [row for row in rows if row[2] == tables.PYTORCHS]
+    assert all(f"| {' | '.join(row)} |" in (theirs if row in folded else ours) for row in rows)
+    assert f"<summary>{len(folded)} rows" in theirs
     assert "| 1×1 | 20.0 | 21.5 |" in show.calls(tmp_path / "layers.json").data
     shown = show.network(tmp_path / "network.json").data
     for part in ("8×3×512×1024", "| loss, step 2 | 2.500000 | 2.500100 |", "| 10.00 | 9.00 |"):

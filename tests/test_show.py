@@ -75,6 +75,31 @@ def test_a_loop_is_shown_whole_and_must_be_the_only_one() -> None:
         show.loop(get_rung("k05"), "for (int h = 0;")
 
 
+def test_a_piece_goes_from_one_line_to_another() -> None:
+    k04 = get_rung("k04")
+    text = show.piece(k04, "for (int c0 = 0;", "__syncthreads();  // the tile").data
+    lines = text.removeprefix("```cpp\n").removesuffix("\n```").splitlines()
+    assert lines[0] == "for (int c0 = 0; c0 < channels; c0 += CHUNK_C) {"
+    assert lines[-1] == "  __syncthreads();  // the tile is whole"
+    assert len(lines) <= 20
+    with pytest.raises(KeyError, match="has 0 lines"):
+        show.piece(k04, "nothing", "__syncthreads")
+    with pytest.raises(KeyError, match="has no line"):
+        show.piece(k04, "for (int c0 = 0;", "nothing")
+
+
+def test_a_difference_does_not_show_what_only_moved_into_a_loop() -> None:
+    text = show.difference(get_rung("k01"), get_rung("k02")).data
+    lines = text.removeprefix("```diff\n").removesuffix("\n```").splitlines()
+    assert lines[:2] == ["--- k01_block_per_output", "+++ k02_block_per_pixel"]
+    assert "+  for (int k = 0; k < c.K; ++k) {" in lines
+    assert "     float sum = 0.0f;" in lines
+    out, new = ([ln[1:].strip() for ln in lines[2:] if ln.startswith(mark)] for mark in "-+")
+    assert not set(out) & set(new)
+    inner = show.difference(get_rung("k02"), get_rung("k03"), loop="for (int ci = 0;").data
+    assert inner.count("@@") == 1 and inner.endswith("\n }\n```"), "a loop is shown whole"
+
+
 def test_timings_have_the_digits_that_they_are_worth() -> None:
     slow = Timing("k01_slow", "rung", "fp32", (1890.0, 1909.084, 1912.0), 4.3e-7, flops=614 * 10**9)
     fast = Timing("k02_fast", "rung", "fp32", (4.0, 4.262, 5.011), flops=614 * 10**9)
