@@ -162,7 +162,7 @@ SERIES: tuple[Series, ...] = (
     ),
     Series(
         "growth",
-        "Does a pixel cost the same, from a thumbnail to what the memory holds?",
+        "Does a pixel cost the same, from a thumbnail to a batch of 144?",
         "Nothing but channels and kernel: time is per output.",
         (
             *(

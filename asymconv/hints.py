@@ -20,6 +20,9 @@ NOTICED = 1.05
 
 NOT_YET = "not measured yet"
 
+NOT_MEASURED = "not measured"
+"""Of an idea that no series asks about."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -28,9 +31,9 @@ class Answer:
     Attributes:
         idea: the seed's.
         verdict: of an idea "worth it", "not worth it" or "wrong" (slower); of a claim "right" or
-            "wrong"; `NOT_YET`.
-        number: what it was judged by.
-        record: where that is from: a record, and its entries.
+            "wrong"; `NOT_YET`, `NOT_MEASURED`.
+        number: what it was judged by; without one, what was done instead.
+        record: where that is from: a record, and its entries, or none.
     """
 
     idea: str
@@ -193,6 +196,14 @@ def from_the_series(ladder: Record, asymmetry: Asymmetry | None) -> Iterator[Ans
         yield Answer(idea, verdict(gain), number, "asymmetry: unrolling")
     else:
         yield _not_yet(idea, "unrolling")
+
+    yield Answer(
+        "Unroll the loop over the input channels",
+        NOT_MEASURED,
+        "k04 and k05 keep it a loop, k07 unrolls its four steps of 16 channels, whose weights are "
+        "registers; none was timed both ways",
+        "none",
+    )
 
     idea = "Vectorized loads and stores"
     if found := _measured(asymmetry, "pitch", "k05", "k06"):

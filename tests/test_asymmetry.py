@@ -534,6 +534,10 @@ def test_answers_are_what_the_records_say() -> None:
     unknown = [a for a in found.values() if a.verdict == hints.NOT_YET]
     assert all(a.record.startswith("asymmetry: ") and not a.number for a in unknown)
     assert len(unknown) == 5
+    (never,) = (a for a in found.values() if a.verdict == hints.NOT_MEASURED)
+    for number in ("k04", "k05"):
+        before = get_rung(number).source.split("for (int ci = 0;")[0].rstrip()
+        assert before.endswith("#pragma unroll 1") and number in never.number
 
 
 def test_the_series_answer_once_they_are_measured() -> None:

@@ -6,6 +6,7 @@ Whether their outputs still come out is nbval's test: pytest collects notebooks/
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from samples import theirs_on_the_contract
 
 from asymconv import asymmetry, comparison, profiler, record, study
 from asymconv.kernels import RUNGS
@@ -127,6 +129,10 @@ def words_of_08_and_09() -> dict[str, str]:
             noise[long].append(row.ratio)
     edge = {w: 100 * (longer("strips", w, "k07") - 1) for w in ("130", "514", "1026")}
     small = longer("growth", "1×128×256", "k07")
+    runs = theirs_on_the_contract()
+    largest = max((row.shape for row in asymmetry.load()["growth"].rows), key=lambda s: s.batch)
+    held = 4 * (math.prod(largest.input_shape) + largest.outputs) / 1e9
+    memory = asymmetry.load()["growth"].made["memory_bytes"] / 1e9
     square = 100 * (longer("aspect", "724×724", "k07") - 1)
     return {
         f"k07 and k08 {min(wide):.0f} to {max(wide):.0f} %, k06 {narrow:.0f} %": "08_asymmetry",
@@ -136,6 +142,9 @@ def words_of_08_and_09() -> dict[str, str]:
         f"and {edge['514']:.0f} % at 514 (by hand 25)": "08_asymmetry",
         f"At 130 it is {edge['130']:.0f} % where": "08_asymmetry",
         f"its limit, pays {100 * (longer('strips', '130', 'k08') - 1):.0f} %": "08_asymmetry",
+        f"nn.Conv2d takes {min(runs):.2f} to {max(runs):.2f} ms": "08_asymmetry",
+        f"up to {largest.batch} images": "08_asymmetry",
+        f"{held:.1f} GB of the GPU's {memory:.0f}": "08_asymmetry",
         f"k07 takes {small:.1f} times as long for each": "08_asymmetry",
         f"the full {longer('aspect', '8192×64', 'k05'):.2f}": "08_asymmetry",
         f"forward is {min(forward):.1f} to {max(forward):.1f} times as fast": "09_drop_in",
