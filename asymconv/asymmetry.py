@@ -300,13 +300,6 @@ class Measured:
                 result[name] = [None if c is None else c / base for c in costs]
         return result
 
-    def as_record(self, series: Series, shape: ConvShape) -> Record:
-        """One shape's row as a ladder's record. Raises KeyError: it was not measured."""
-        for row in self.rows:
-            if row.shape == shape:
-                return Record(series.question, shape, self.made, row.timings, row.left_out)
-        raise KeyError(f"{shape} is not in the record of {series.name!r}")
-
 
 Asymmetry = Mapping[str, Measured]
 """The record: what was measured, by the name of its series."""

@@ -373,7 +373,7 @@ def record_all(
     only: Annotated[str, typer.Option(help="Commands with commas, all unless told.")] = "",
     limit: Annotated[float, typer.Option(help="Seconds that one of them may take.")] = 600.0,
 ) -> None:
-    """Take every record anew on this GPU: bench, sweep, layers and so on, each with --record."""
+    """Take anew each record that a command makes: bench, sweep and so on, each with --record."""
     from asymconv import retake
     from asymconv.record import DATA_FOLDER
 

@@ -193,7 +193,7 @@ class Profile:
     def of(self, name: str, shape: ConvShape = CONTRACT, **defines: int) -> Counters:
         """The counters of a rung, by name or number, on a shape. Raises KeyError."""
         for counters in self.counters:
-            named = name in (counters.name, counters.name.split("_", 1)[0])
+            named = name in (counters.name, record.short_name(counters.name))
             if named and counters.shape == shape and counters.defines == defines:
                 return counters
         known = [c.name for c in self.counters]

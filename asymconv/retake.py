@@ -1,4 +1,7 @@
-"""Take every record anew on this machine's GPU: one command after the other, each by itself."""
+"""Take anew each record that a command makes, on this machine's GPU, each by itself.
+
+figures/data/ has others, of kernels that are no more: the README lists them.
+"""
 
 from __future__ import annotations
 

@@ -137,9 +137,6 @@ def test_every_method_is_checked_and_timed_on_every_shape(
     assert costs["k01"] == pytest.approx([1e6 / (2 * 40 * 4)] * 2), "per output, of its filters"
     assert costs["memory floor"][0] == pytest.approx(7 * 1e6 / (80 * 8))
     assert loaded["small"].relative(SMALL)["k04"] == [1.0, 1.0]
-    assert loaded["small"].as_record(SMALL, BASE)["nn.Conv2d"].median == 3.0
-    with pytest.raises(KeyError, match="not in the record"):
-        loaded["small"].as_record(SMALL, BASE.with_(batch=5))
 
 
 def test_a_cut_off_run_loses_nothing_and_other_series_stay(

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 Space = Literal["global", "shared"]
 Op = Literal["load", "store", "atomic"]
 
-SECTOR_BYTES = 32
-"""The unit in which global memory moves."""
-
 MAX_KEPT_REQUESTS = 32
 """How many requests of an instruction a traced call keeps (emu_trace.cpp: kKeptRequests)."""
 
@@ -98,16 +95,6 @@ class LineCount:
     def wavefronts_per_request(self) -> float:
         """Rounds in which shared memory served a request."""
         return self.wavefronts / self.requests
-
-    @property
-    def conflicts_per_request(self) -> float:
-        """Rounds of a request that bank conflicts added."""
-        return (self.wavefronts - self.ideal_wavefronts) / self.requests
-
-    @property
-    def bytes_used_per_sector(self) -> float:
-        """Of each 32-byte sector, the bytes that lanes asked for; above 32 if they share them."""
-        return self.lanes * self.bytes_per_lane / self.sectors if self.sectors else 0.0
 
 
 @dataclass(frozen=True)
