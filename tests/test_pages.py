@@ -112,7 +112,7 @@ def test_every_output_is_on_its_page(site: Path) -> None:
         ]
         drawn = sum("image/svg+xml" in data for data in outputs)
         assert len(page.find_all("svg")) == drawn
-        tables = sum("| :--" in str(data.get("text/markdown")) for data in outputs)
+        tables = sum(str(data.get("text/markdown")).count("\n| :--") for data in outputs)
         assert len(page.select(".output_area table")) == tables
 
 
