@@ -378,9 +378,12 @@ def test_a_dynamic_batch_is_not_bound_to_what_wins(monkeypatch: pytest.MonkeyPat
     assert "asymconv" in exported(monkeypatch, lambda: layer, size, dynamic_shapes=batch)
 
 
-def test_an_older_gpu_keeps_pytorchs_own_in_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_gpu_keeps_pytorchs_own_in_its_graphs(
+    fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dispatch, "_capability", lambda index: (8, 0))
-    with FakeTensorMode(), torch.no_grad():
+    with warnings.catch_warnings(), FakeTensorMode(), torch.no_grad():
+        warnings.filterwarnings("error", message="asymconv falls back")
         layer = on_cuda(Conv2d(64, 128, 3))
         x = torch.empty(CONTRACT.input_shape, device="cuda")
         program = torch.export.export(layer, (x,))
