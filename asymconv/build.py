@@ -317,7 +317,8 @@ class Kernel:
     """A rung, built: call it with tensors.
 
     Attributes:
-        rung, backend, defines: what was built, for which, with which constants not its own.
+        rung, backend, defines: what was built, for which, with which constants, as `load` was told
+            them: the rung's own values may be among them.
         key: the cache's name for this very build; a check and a timing both carry it.
         path: the shared library.
     """
@@ -454,7 +455,7 @@ class Kernel:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {size}")
 
 
-_loaded: dict[str, Kernel] = {}
+_loaded: dict[tuple[object, ...], Kernel] = {}
 
 
 def build_key(rung: Rung, backend: Backend, arch: str, defines: Mapping[str, int] | None) -> str:
@@ -506,8 +507,11 @@ def load(
             )
         arch = device_arch(rung, device)
     key = build_key(rung, backend, arch, defines)
-    if key in _loaded:
-        return _loaded[key]
+    # one build may be several kernels: no constants, or those the rung has, make the same text, and
+    # so does a rung that refuses other shapes; its id stays its own, as its kernel holds it
+    asked = (key, id(rung), *sorted((defines or {}).items()))
+    if asked in _loaded:
+        return _loaded[asked]
     final = cache_folder() / key
     with _built_folder(final) as folder:
         if folder is not None:
@@ -516,7 +520,7 @@ def load(
                 _build_cuda(rung.text(defines), name, arch, folder)
             else:
                 _build_cpu(rung.text(defines), backend == "cpu-traced", folder)
-    return _loaded.setdefault(key, Kernel(rung, backend, key, final / "kernel.so", defines))
+    return _loaded.setdefault(asked, Kernel(rung, backend, key, final / "kernel.so", defines))
 
 
 def _build_cpu(text: str, traced: bool, folder: Path) -> None:
@@ -534,8 +538,8 @@ def _build_cpu(text: str, traced: bool, folder: Path) -> None:
 
 def forget(rung: Rung) -> None:
     """Drop this process's loaded kernels of a rung, so that the next `load` goes to the cache."""
-    for key in [key for key, kernel in _loaded.items() if kernel.rung is rung]:
-        del _loaded[key]
+    for asked in [asked for asked, kernel in _loaded.items() if kernel.rung is rung]:
+        del _loaded[asked]
 
 
 def _build_only(rung: Rung, defines: Mapping[str, int]) -> None:

@@ -104,6 +104,23 @@ def test_a_changed_source_or_constant_builds_anew(cache: Path, backend: str) -> 
     assert len(builds(cache)) == 2
 
 
+def test_one_build_is_as_many_kernels_as_are_asked_for(cache: Path) -> None:
+    """A load answers what it was asked, whatever of the same text was loaded before."""
+    rung = get_rung("k03")
+    own = dict(rung.defines)
+    picky = replace(rung, refusal=lambda shape, defines: "no")
+    for _ in range(2):
+        assert build.load(rung, "cpu", defines=own).defines == own
+        assert build.load(rung, "cpu").defines == {}, "a timing would take it for a variant"
+        with pytest.raises(ValueError, match="does not take this shape: no"):
+            check(build.load(picky, "cpu"), SHAPE)
+        check(build.load(rung, "cpu"), SHAPE)
+    assert build.load(rung, "cpu") is build.load(rung, "cpu")
+    assert len(builds(cache)) == 1
+    build.forget(rung)
+    assert {kernel.rung.refusal for kernel in build._loaded.values()} == {picky.refusal}
+
+
 def test_the_key_holds_all_that_goes_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "nvcc_version", lambda: "one")
     key = lambda arch="90a": build.build_key(RUNG, "cuda", arch, None)  # noqa: E731
