@@ -332,7 +332,7 @@ class Kernel:
         defines: Mapping[str, int] | None = None,
     ) -> None:
         self.rung, self.backend, self.key, self.path = rung, backend, key, path
-        self.precision = rung.precision
+        self.precision, self.mixes_rows = rung.precision, rung.mixes_rows
         self.defines = dict(defines or {})
         self._prepared = functools.lru_cache(maxsize=1024)(self._prepare)
         if backend == "cuda":

@@ -33,6 +33,7 @@ class Method(Protocol):
 
     # `makes_output = True`, if it has that, says that it returns a tensor of its own and leaves
     # `out` alone: then none is made for it, which on large shapes would not fit.
+    # `mixes_rows = True`, if it has that: see Tolerance.
 
     def __call__(
         self,
@@ -54,7 +55,9 @@ class Tolerance:
             A bound that no correct implementation can exceed: each operand is rounded with
             relative error at most u, and summing n terms in any order costs at most n rounding
             errors (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5).
-            One wrong tap exceeds it by far, wherever it stands.
+            One wrong tap exceeds it by far, wherever it stands. Where a method adds rows and taps
+            before it multiplies (Winograd, F(2, 3) down the rows), each row meets each tap of a
+            column, at most twice: the sum is over those (Barabasz et al. 2020, 10.1145/3412380).
         norm: largest ‖y - ref‖ / ‖ref‖ allowed, over all elements. Rounding errors are random
             and mostly cancel, so this is far tighter. It is an average, and holds where many
             roundings are averaged (`MIN_SAMPLES`): a few outputs can all be near zero, a few
@@ -252,21 +255,29 @@ class Expected:
         return data
 
     def of_random(
-        self, n: int, data: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+        self,
+        n: int,
+        data: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+        mixes_rows: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Image n of `random` convolved in float64, and the sums of its terms' magnitudes.
 
-        data: what `random` gave. Both results are (1, K, OH, OW).
+        data: what `random` gave. mixes_rows: of each row with each tap, twice. Both results are
+        (1, K, OH, OW).
         """
-        key = ("random", n % self.images)
-        if key in self._kept:
-            return self._kept[key]  # type: ignore[return-value]
         x, weight, bias = data[0][n : n + 1], *data[1:]
-        size = reference(x.abs(), weight.abs(), None if bias is None else bias.abs(), self.shape)
-        ref = reference(x, weight, bias, self.shape)
+
+        def sizes(taps: torch.Tensor) -> torch.Tensor:
+            return reference(x.abs(), taps, None if bias is None else bias.abs(), self.shape)
+
+        key = ("random", n % self.images)
+        kept = self._kept.get(key) or (reference(x, weight, bias, self.shape), sizes(weight.abs()))
         if self.keep:
-            self._kept[key] = (ref, size)
-        return ref, size
+            self._kept[key] = kept
+        if not mixes_rows:
+            return kept  # type: ignore[return-value]
+        # for one rung: not kept, which would be half as much again
+        return kept[0], sizes(2 * weight.abs().sum(2, keepdim=True).expand_as(weight))
 
     def of_integers(
         self, n: int, bits: int, data: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -289,11 +300,12 @@ def _compare(
     data: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     expected: Expected,
     element: float,
+    mixes_rows: bool,
 ) -> tuple[float, float]:
     """(worst element error over the allowed one, ‖y - ref‖ / ‖ref‖), image by image."""
     worst, squares, total = 0.0, 0.0, 0.0
     for n in range(expected.shape.batch):  # an image at a time: float64 of the whole would not fit
-        ref, size = expected.of_random(n, data)
+        ref, size = expected.of_random(n, data, mixes_rows)
         difference = (y[n : n + 1].double() - ref).abs_()
         squares += difference.square().sum().item()
         total += ref.square().sum().item()
@@ -343,7 +355,9 @@ def check(
 
     data = expected.random()
     y = run(data)
-    worst, error = _compare(y, data, expected, allowed.element)
+    worst, error = _compare(
+        y, data, expected, allowed.element, getattr(method, "mixes_rows", False)
+    )
     assert worst <= 1.0, (
         f"{where}: an element is off by {worst:.3g} times what is allowed "
         f"({allowed.reason}); {int(y.isnan().sum())} of {y.numel()} elements are NaN"

@@ -1,118 +1,705 @@
-"""k08: the same rows at fp32-class accuracy, each value as two halves.
+"""k08: the same rows at fp32-class accuracy: values as two halves, Winograd's filtering down them.
 
 What k07 is limited by: memory; and its operands have 11 bits.
 
-What it changes (Ootomo & Yokota 2022, 2203.03341):
+What it changes:
 
-- A value is hi + lo / 2^11, both fp16: 22 bits and hi's sign. Three products stand for one: hi by
-  lo, lo by hi, and hi by hi. lo by lo, 2^-22 of the whole, is left out.
+- A value is hi + lo / 2^11, both fp16: 22 bits and hi's sign (Ootomo & Yokota 2022, 2203.03341).
+  Three products stand for one: hi by lo, lo by hi, and hi by hi. lo by lo, 2^-22 of the whole, is
+  left out.
+- Three products are a lot, so there are fewer of them: two output rows are computed from four sums
+  of products in place of six, F(2, 3) down the rows (Winograd 1980; Lavin & Gray 2016, 1509.09308).
+  With input rows d0 to d3 and the taps g0 to g2 of a column:
+
+      m0 = (d0 - d2) g0                    y0 = m0 + (m1 + m2)
+      m1 = (d1 + d2) (g0 + g1 + g2) / 2    y1 = m3 + (m1 - m2)
+      m2 = (d2 - d1) (g0 - g1 + g2) / 2
+      m3 = (d3 - d1) g2
+
+  Rows are added in fp32 while they are converted, weights once at the start; both are split after
+  that, so nothing is lost to it but fp32's own rounding.
+- Two warpgroups share the four: one computes m1 and then m0, the other m2 and then m3. Each hands
+  its first to the other through shared memory, then finishes and stores one of the two rows. They
+  begin to multiply in turns, so one multiplies while the other moves sums. Warps pair up: sums are
+  waited for by one warp, not by four.
 - Tensor cores cut off what does not fit a sum's 24 bits. So the small products are summed first,
-  2^11 times too large; then the sum is scaled, and the large ones are added to it. And each
-  warpgroup sums half of the channels only: 18 large products of 16 channels, not 36.
-- Both halves of the weights of 64 filters fit the registers of two warpgroups, as each has 32
-  channels: 144 registers, as in k07. The ring has both halves of the pixels.
-- So two blocks share a strip, side by side, and read the same rows: the second from L2.
-- Warpgroup 0 hands its sums over through shared memory and goes on with the next row; warpgroup 1
-  adds its own, and stores. Warps pair up: no barrier of more than 64 threads. The place is free
-  for the next sums when the stores have read it, which warpgroup 1 asks only after its next row's
-  products: to ask before them cost 12 % (a run that was not kept).
+  2^11 times too large; then the sum is scaled, and 12 large ones are added to it.
+- Weights of 64 filters, two transformed rows of taps, hi and lo, would take 192 registers a thread.
+  A strip is 64 columns wide, so sums take 32, and 168 hold weights; the rest, an eighth, is in
+  shared memory, and so is where a warp is in its strip: a register that the compiler moves to local
+  memory costs hundreds of cycles here, where shared memory leaves L1 next to nothing. Two blocks
+  share a strip, side by side, and read the same rows: the second from L2.
+- Outputs leave in whole sectors, straight from registers: four lanes that hold 8 columns pass them
+  round until each has its own part of a sector.
 
-What it predicts, on the contract's shape: 54 wgmma of 68 cycles a row and warpgroup, 7,300 cycles
-for both; 65,280 rows of 64 filters on 132 SMs: 3.6 million cycles, 2.1 ms at 1.755 GHz if tensor
-cores never wait, 2.3 to 2.5 as they do. Error: a model with every 16 terms summed exactly and cut
-off gives 4.7e-7, and 9.1e-7 for all channels in one chain (asymconv's CPU backend does the same);
-fp32 in plain CUDA has 4.3e-7.
+What it predicts, on the contract's shape: 144 wgmma of 32 cycles for two rows of 64 columns and 64
+filters: 4,608 cycles, 65,280 times on 132 SMs: 2.28 million cycles, 1.3 ms at 1.755 GHz if tensor
+cores never wait. Shared memory moves 640 KB meanwhile, 5,000 cycles: 1.4 ms. With both in each
+other's way 2.1 to 2.4 ms. Error: a third more than direct sums (4.7e-7 by a model that cuts off),
+but chains of 12 large products in place of 18: 4e-7 to 6e-7.
 
-Measured (notebook 07): 3.35 ms, error 3.9e-7. At the rate of cuBLAS' fp16 product three times the
-operations take 2.8 ms.
+Measured (notebook 07): 2.5 ms for a few calls, 2.9 in a series, where the card's power limits it.
+Error 2.8e-7: less than fp32's own, as chains are short.
+
+What was tried before: direct sums, the channels of each product split between two warpgroups. A
+call took 3.0 ms, in a series 3.35; three fp16 products at cuBLAS' own rate take 2.8 there. So
+products had to be saved.
 """
 
 from asymconv.kernels.half_range import HALF_RANGE
-from asymconv.kernels.hopper_rows import HOPPER_KERNEL, HOPPER_ROWS, refusal
-from asymconv.kernels.ptx import BULK, BULK_EVICT_FIRST, HOPPER, MMA, wgmma_f16_ra
+from asymconv.kernels.hopper_rows import (
+    BAD_ROWS,
+    HALVES_OF,
+    HOPPER_KERNEL,
+    INCLUDES,
+    OUT_ROW,
+    PLAN,
+    WARP_ARRIVES,
+    redo,
+    refusal,
+)
+from asymconv.kernels.ptx import BULK, CP_ASYNC, HOPPER, MMA, wgmma_f16, wgmma_f16_ra
 from asymconv.kernels.rung import Rung
 
-DEFINES = {
-    "ALIGN": 8,
-    "RING": 4,
-    "LANDINGS": 1,
-    "EVICT_LOADS": 0,
-    "EVICT_STORES": 0,
+LAYOUT = r"""
+// A block: 64 filters. A strip is 64 columns wide, wherever they begin in a 32-byte sector.
+constexpr int BLOCK_K = 64, CHANNELS = 64, R = 3, S = 3, TAPS = R * S, PARTS = CHANNELS / 16;
+constexpr int TILE_W = 64, PRODUCT_W = TILE_W, ALIGN = 1;
+
+// Two warpgroups multiply and store, m1 and m0 the first, m2 and m3 the second; one fetches and
+// converts.
+constexpr int GROUP = 128, CONSUMERS = 2 * GROUP, PRODUCERS = 128;
+constexpr int THREADS = CONSUMERS + PRODUCERS;
+constexpr int LAUNCH_REGISTERS = 168, CONSUMER_REGISTERS = 232, PRODUCER_REGISTERS = 40;
+static_assert(LAUNCH_REGISTERS * THREADS <= 65536, "a block has an SM's registers");
+static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
+                  THREADS * LAUNCH_REGISTERS,
+              "warps share out what the launch was given; to wait for more is to hang");
+
+// Shared memory, in bytes. Landing: rows of fp32 as they come from memory, 72 pixels a channel. Two
+// channels are 24 words apart in their banks: loads of 8 bytes meet no bank twice. A warp of the
+// producers has 16 channels of five rows for itself: four that two output rows see, and the next.
+constexpr int RING_W = 72, WARP_CHANNELS = CHANNELS / (PRODUCERS / 32), LANDINGS = 5;
+constexpr int LANDING_PITCH = (RING_W + 4) * 4, LANDING = WARP_CHANNELS * LANDING_PITCH;
+
+// Slots: transformed rows of fp16: t1, t2, t0, t3, for m1, m2, m0, m3. A pixel is a row of 64
+// channels, 128 bytes in 8 chunks of 16, chunk i of pixel p at place i ^ (p % 8) (the 128-byte
+// swizzle). The lo halves follow all of the hi.
+constexpr int PIXEL = CHANNELS * 2, SLOT = RING_W * PIXEL, SLOTS = 4, LO_AT = SLOTS * SLOT;
+static_assert(SLOT % 1024 == 0, "a slot starts a group of 8 swizzled pixels");
+static_assert(RING_W >= 3 + PRODUCT_W + S - 1, "a tap's window lies in the slot");
+constexpr bool COMPLETES = false;  // see Plan
+
+// Places: m1 and m2 on their way to the other warpgroup. A thread's sums are read by the thread
+// that has the same of them there: 16 bytes a thread, side by side.
+constexpr int PLACE = GROUP * (PRODUCT_W / 2) * 4;
+static_assert(PRODUCT_W / 2 % 4 == 0, "sums go by four");
+
+// A warpgroup's weights: two transformed taps by 3 columns by 64 channels, hi and lo, as wgmma's
+// a, 64 filters by 16 channels each. The last lo halves have no registers: they stand in tiles of
+// 64 filters by 64 channels, swizzled like pixels, one for each warpgroup and one for both.
+constexpr int TAPS_HELD = 2 * S, FRAGMENTS = TAPS_HELD * PARTS, LO_FRAGMENTS = FRAGMENTS - 6;
+constexpr int TILE = BLOCK_K * PIXEL, TILES = 3;
+
+// All others go through slots and places on their way into registers: a warp turns its 16 filters,
+// (filter, tap, channel), first hi and then lo. 4 words from filter to filter in their banks: no
+// conflicts for ldmatrix.
+constexpr int TURN_FILTER = TAPS_HELD * PIXEL + 16, TURN = 16 * TURN_FILTER;
+
+constexpr int SLOTS_AT = PRODUCERS / 32 * LANDINGS * LANDING;
+constexpr int PLACES_AT = SLOTS_AT + 2 * SLOTS * SLOT;
+constexpr int TILES_AT = PLACES_AT + 2 * PLACE;
+constexpr int STATE_AT = TILES_AT + TILES * TILE;
+static_assert(SLOTS_AT % 1024 == 0 && PLACES_AT % 16 == 0 && TILES_AT % 1024 == 0, "swizzle");
+static_assert(SLOTS_AT + CONSUMERS / 32 * TURN <= TILES_AT, "the weights' way");
+"""
+
+STATE = r"""
+// Where a warp is: an item's first output, (n, k0, oh0, ow0) of y; outputs from there on; rows done
+// and pairs of rows of all items so far. In shared memory: registers are for weights and sums.
+struct Strip {
+  long long first;
+  int item, filters, rows, columns, row, pairs;
+};
+
+struct RingState {
+  // Stages: t1 and t2, t0, t3. Of a pair of warps, one in each warpgroup: m1 and m2 are handed
+  // over, and their places free again. turn: a warpgroup may start to multiply.
+  unsigned long long full[3], empty[3], handed[2][4], free[2][4], turn[2];
+  BadRows bad[ITEMS_UNDER_WAY];
+  int scale, weights_bad, bad_runs;  // scale: the exponent that x is scaled by
+  BadRun bad_run[MOST_BAD_RUNS];
+  Strip strip[CONSUMERS / 32];
+  float bias[BLOCK_K];
+  signed char exponent[BLOCK_K];  // of the power of two that makes sums outputs
+
+  // By one thread, before the block's first barrier.
+  __device__ __forceinline__ void initialize() {
+    for (int i = 0; i < 3; ++i) {
+      mbarrier_init(shared_address(&full[i]), PRODUCERS / 32);
+      mbarrier_init(shared_address(&empty[i]), (i == 0 ? CONSUMERS : GROUP) / 32);
+    }
+    for (int i = 0; i < 8; ++i) {
+      mbarrier_init(shared_address(&handed[0][0] + i), 1);
+      mbarrier_init(shared_address(&free[0][0] + i), 1);
+    }
+    for (int i = 0; i < 2; ++i) mbarrier_init(shared_address(&turn[i]), GROUP / 32);
+    for (int i = 0; i < ITEMS_UNDER_WAY; ++i) bad[i] = {INT_MAX, -1};
+    for (Strip& one : strip) one.pairs = 0;
+    weights_bad = 0;
+  }
+};
+using State = RingState;
+"""
+
+PRODUCE = r"""
+// ---- producers: global fp32, (channel, row, column) -> slots, fp16, (row, column, channel)
+
+// The same value, known to be the same in all lanes: in a uniform register, if that helps.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+__device__ __forceinline__ Item uniform(const Item& at) {
+  return {uniform(at.n), uniform(at.oh0), uniform(at.rows), uniform(at.ow0)};
 }
 
-SOURCE = (
-    HALF_RANGE
-    + MMA
-    + HOPPER
-    + BULK
-    + BULK_EVICT_FIRST
-    + wgmma_f16_ra(136)
-    + """
-// A block: 64 filters, as hi and lo halves, half of the channels for each warpgroup.
-constexpr int BLOCK_K = 64, HALVES = 2;
-"""
-    + HOPPER_ROWS
-    + r"""
-struct State : RingState {
-  unsigned long long free[4], handed[4];  // where a warp's sums go from warpgroup 0 to 1
+// Pairs of output rows of an item; an odd last row is computed with a row that is not stored.
+__device__ __forceinline__ int rows_in_pairs(int rows) { return rows + 1 & ~1; }
 
-  __device__ __forceinline__ void initialize() {
-    RingState::initialize();
-    for (int i = 0; i < 4; ++i) {
-      mbarrier_init(shared_address(&free[i]), 1);
-      mbarrier_init(shared_address(&handed[i]), 1);
+// Goes through the rows of this block's items. The same for a whole warp: uniform registers.
+struct Cursor {
+  int item, row, rows;  // rows: of the input, from the item's first
+  int ih, iw;           // where the first pixel of the first row's window is in the image
+  const float* first;   // that pixel, of channel 0; it need not be there
+  __device__ __forceinline__ void enter(int at, const float* x, const Plan& plan, const Conv& c) {
+    item = at;
+    row = 0;
+    if (item >= plan.items) return;
+    const Item of = uniform(item_at(item, plan, c));
+    rows = rows_in_pairs(of.rows) + R - 1;
+    ih = of.oh0 - c.pad_h;
+    iw = (of.ow0 - c.pad_w) & ~3;
+    first = x + ((long long)of.n * c.C * c.H + ih) * c.W + iw;
+  }
+};
+
+// Starts the copies of some columns of a warp's channels of a row, LANES lanes a channel; zeros
+// where the image ends. Of no bytes the address may be anywhere.
+template <int COPY_W, int LANES, int COLUMNS>
+__device__ __forceinline__ void fetch_columns(unsigned char* landing, int channel0, int column0,
+                                              const Cursor& at, const Conv& c) {
+  constexpr int STEP = 32 / LANES;
+  static_assert(COLUMNS % (LANES * COPY_W) == 0 && WARP_CHANNELS % STEP == 0, "whole copies");
+  const int lane = thread_again() & 31, depth0 = lane / LANES;
+  const int pixel0 = column0 + lane % LANES * COPY_W;
+  const float* from = at.first + (long long)at.row * c.W +
+                      (long long)(channel0 + depth0) * c.H * c.W + pixel0;
+  float* to = reinterpret_cast<float*>(landing + depth0 * LANDING_PITCH) + pixel0;
+  const bool inside = (unsigned)(at.ih + at.row) < (unsigned)c.H;
+  const int begin = inside ? -(at.iw + pixel0) : INT_MAX, end = c.W - at.iw - pixel0;
+  constexpr int COPIES = COLUMNS / (LANES * COPY_W);
+  int bytes[COPIES];
+  #pragma unroll
+  for (int i = 0; i < COPIES; ++i) {
+    const int j = i * LANES * COPY_W;
+    bytes[i] = j >= begin && j < end ? COPY_W * 4 : 0;
+  }
+  #pragma unroll
+  for (int depth = 0; depth < WARP_CHANNELS; depth += STEP) {
+    const bool there = channel0 + depth0 + depth < c.C;
+    #pragma unroll
+    for (int i = 0; i < COPIES; ++i) {
+      const int j = i * LANES * COPY_W;
+      if (COPY_W == 4) {
+        cp_async_16(to + j, from + j, there ? bytes[i] : 0);
+      } else {
+        cp_async_4(to + j, from + j, there ? bytes[i] : 0);
+      }
+    }
+    from += (long long)STEP * c.H * c.W;
+    to += STEP * LANDING_PITCH / 4;
+  }
+}
+
+// A row: a group of copies. WIDE: rows of x start on 16 bytes; then a channel's first 64 columns go
+// in pieces of 128 bytes.
+template <bool WIDE>
+__device__ __forceinline__ void fetch(unsigned char* landing, int channel0, const Cursor& at,
+                                      const Conv& c) {
+  if (WIDE) {
+    fetch_columns<4, 8, TILE_W>(landing, channel0, 0, at, c);
+    fetch_columns<4, 2, RING_W - TILE_W>(landing, channel0, TILE_W, at, c);
+  } else {
+    fetch_columns<1, 8, RING_W>(landing, channel0, 0, at, c);
+  }
+  cp_async_commit();
+}
+"""
+
+CONVERT = r"""
+// Two pixels of two channels of two rows.
+struct Few {
+  float2 row[2][2];
+  __device__ __forceinline__ void load(const float* first, const float* second) {
+    #pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      row[0][k] = *reinterpret_cast<const float2*>(first + k * (LANDING_PITCH / 4));
+      row[1][k] = *reinterpret_cast<const float2*>(second + k * (LANDING_PITCH / 4));
     }
   }
 };
 
-// One output row, all taps, a warpgroup's 32 channels. First what has a lo half in it, 2^11 times
-// too large: those sums are small, and what tensor cores cut off when they add is small against the
-// end result.
-__device__ __forceinline__ void multiply(Sums& sum, const Weights& a, unsigned ring, int q,
-                                         int pixels) {
-  constexpr int HALF_PARTS = PARTS / 2;  // of hi, and of lo
-  const auto row = [&](int r) {
-    return swizzled_rows(opaque(ring) + (q + r) % RING * RING_ROW + pixels * PIXEL);
+// A warp's channels of two rows of the input into a transformed row, second - first, and if BOTH
+// second + first into the slot before it. If LOOK, looks at what the second row brings.
+//
+// A lane has runs, 4 pixels of two channels: two channels of a pixel are one store. Half of the
+// lanes start with a run's last two pixels, so that stores of a warp meet no bank twice. What comes
+// next is loaded before what is there is stored.
+template <bool BOTH, bool LOOK>
+__device__ __forceinline__ void convert(const unsigned char* first, const unsigned char* second,
+                                        unsigned char* slot, int channel0, int scale,
+                                        HalfRuns& seen) {
+  constexpr int UNIT_W = 16;
+  static_assert(UNIT_W / 4 * WARP_CHANNELS / 2 == 32, "every lane has runs");
+  static_assert((UNIT_W * PIXEL & (PIXEL + 16) * 3) == 0, "pixels are bits of their own");
+  const float factor = power_of_two(scale - 1);  // a sum of two rows has their range
+  const int lane = thread_again() & 31, run = (lane & 3) * 4, depth = (lane >> 2) * 2;
+  const int turned = lane & 2, from = depth * (LANDING_PITCH / 4) + run + turned;
+  const float* const rows[2] = {reinterpret_cast<const float*>(first) + from,
+                                reinterpret_cast<const float*>(second) + from};
+  const int back = 2 - 2 * turned;  // to the other two pixels
+  const int to = in_row(run, (channel0 + depth) / 8) + (depth & 7) * 2 ^ turned * (PIXEL + 16);
+  Few now;
+  now.load(rows[0], rows[1]);
+  #pragma unroll 1
+  for (int pixel = 0; pixel < RING_W - run; pixel += UNIT_W) {
+    float largest[2];  // of a run, of each channel
+    #pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Few next;
+      const int later = pixel + UNIT_W < RING_W - run ? pixel + UNIT_W : 0;  // or nothing of use
+      const int at = half == 0 ? pixel + back : later;
+      next.load(rows[0] + at, rows[1] + at);
+      #pragma unroll
+      for (int k = 0; LOOK && k < 2; ++k) {
+        const float two = larger_magnitude(now.row[1][k].x, now.row[1][k].y);
+        largest[k] = half ? larger_magnitude(largest[k], two) : two;
+        if (half) seen.look_at(largest[k]);
+      }
+      #pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float sum[2], difference[2];
+        #pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          // a power of two: the products are exact, and each sum is rounded once
+          const float a = factor * (j ? now.row[0][k].y : now.row[0][k].x);
+          const float b = j ? now.row[1][k].y : now.row[1][k].x;
+          sum[k] = fmaf(factor, b, a);
+          difference[k] = fmaf(factor, b, -a);
+        }
+        // p % 8 is 0 or 4 for the first pixel, so the swizzle only has to take j in
+        __half2* const place = reinterpret_cast<__half2*>(
+            slot + pixel * PIXEL + (to ^ (half * 2 + j) * (PIXEL + 16)));
+        const __half2 hi = hi_of(difference[0], difference[1]);
+        place[0] = hi;
+        place[LO_AT / 4] = lo_of(difference[0], difference[1], hi);
+        if (BOTH) {
+          const __half2 hi = hi_of(sum[0], sum[1]);
+          place[-SLOT / 4] = hi;
+          place[(LO_AT - SLOT) / 4] = lo_of(sum[0], sum[1], hi);
+        }
+      }
+      now = next;
+    }
+  }
+}
+
+// Looks at a warp's channels of a row that no pair before has brought.
+__device__ __forceinline__ void look_at(const unsigned char* row, HalfRuns& seen) {
+  const int lane = thread_again() & 31;
+  #pragma unroll 1
+  for (int i = lane; i < WARP_CHANNELS * RING_W / 4; i += 32) {
+    const float4 run = *reinterpret_cast<const float4*>(row + i / (RING_W / 4) * LANDING_PITCH +
+                                                        i % (RING_W / 4) * 16);
+    seen.look_at(larger_magnitude(larger_magnitude(run.x, run.y), larger_magnitude(run.z, run.w)));
+  }
+}
+
+template <bool WIDE>
+__device__ __forceinline__ void produce(const float* __restrict__ x, const Conv& c,
+                                        const Plan& plan, int blocks_k, unsigned char* shared,
+                                        RingState* state, int scale) {
+  const int warp = uniform((threadIdx.x - CONSUMERS) / 32);
+  unsigned char* const landings = shared + warp * LANDINGS * LANDING;
+  const int channel0 = warp * WARP_CHANNELS, item_step = gridDim.x / blocks_k;
+  Cursor now, ahead;
+  now.enter(blockIdx.x / blocks_k, x, plan, c);
+  ahead = now;
+  int fetched = 0, landed = 0, pairs = 0;  // so far; `landed`: up to the pair's first row
+  const auto fetch_rows = [&](int count) {
+    #pragma unroll 1
+    for (; count > 0; --count, ++fetched) {
+      if (ahead.item >= plan.items) {
+        cp_async_commit();  // of nothing, so that groups are rows
+        continue;
+      }
+      fetch<WIDE>(landings + fetched % LANDINGS * LANDING, channel0, ahead, c);
+      if (++ahead.row == ahead.rows) ahead.enter(ahead.item + item_step, x, plan, c);
+    }
+  };
+  const auto row = [&](int i) { return landings + (landed + i) % LANDINGS * LANDING; };
+  unsigned char* const slots = shared + SLOTS_AT;
+  const auto until_empty = [&](int stage) {
+    mbarrier_wait(shared_address(&state->empty[stage]), pairs & 1);
+  };
+  // a stage is full; and whether fp16 holds what was seen of the pair's rows
+  const auto pass_on = [&](int stage, const HalfRuns& seen) {
+    if (!HalfRange(scale).holds(seen)) {
+      BadRows& bad = state->bad[under_way(now.item, blocks_k)];
+      atomicMin(&bad.first, now.row);
+      atomicMax(&bad.last, now.row + 3);
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state->full[stage]));
+  };
+  fetch_rows(LANDINGS);
+  #pragma unroll 1
+  for (; now.item < plan.items; ++pairs) {
+    const bool last = now.row + 4 == now.rows;
+    HalfRuns seen;
+    cp_async_wait<LANDINGS - 3>();  // until the pair's third row is there
+    __syncwarp();
+    if (now.row == 0) {
+      look_at(row(0), seen);
+      look_at(row(1), seen);
+    }
+    until_empty(0);
+    convert<true, true>(row(1), row(2), slots + SLOT, channel0, scale, seen);
+    pass_on(0, seen);
+    until_empty(1);
+    convert<false, false>(row(2), row(0), slots + 2 * SLOT, channel0, scale, seen);
+    pass_on(1, HalfRuns());
+    fetch_rows(1);  // over the pair's first row
+    cp_async_wait<LANDINGS - 3>();
+    __syncwarp();
+    until_empty(2);
+    seen = HalfRuns();
+    convert<false, true>(row(1), row(3), slots + 3 * SLOT, channel0, scale, seen);
+    pass_on(2, seen);
+    fetch_rows(last ? 3 : 1);
+    landed += last ? 4 : 2;
+    now.row += 2;
+    if (last) now.enter(now.item + item_step, x, plan, c);
+  }
+  cp_async_wait<0>();
+}
+"""
+
+WEIGHTS = r"""
+// ---- consumers
+
+// A warp's 16 filters from k0 + warp_k on, transformed, in registers for good; what has none goes
+// to `tiles`. The first warpgroup has (g0 + g1 + g2) / 2 and g0, the second (g0 - g1 + g2) / 2 and
+// g2. Each filter has its own power of two. `turn`: the warp's shared memory. Says whether fp16
+// holds the weights.
+struct Weights {
+  unsigned hi[FRAGMENTS][4], lo[LO_FRAGMENTS][4];
+};
+__device__ __forceinline__ bool load_weights(Weights& a, const float* __restrict__ w,
+                                             const float* __restrict__ bias, const Conv& c, int k0,
+                                             int warp_k, int group, unsigned char* turn,
+                                             unsigned char* tiles, RingState* state,
+                                             int input_scale) {
+  bool good = true;
+  #pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int lane = thread_again() % 32;
+    __syncwarp();
+    #pragma unroll 1
+    for (int f = 0; f < 16; ++f) {
+      const int k = warp_k + f;
+      float g[2][TAPS];  // of channels lane and lane + 32
+      unsigned run[2] = {0, 0};
+      #pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int channel = lane + 32 * i;
+        const float* const taps = w + ((long long)(k0 + k) * c.C + channel) * TAPS;
+        #pragma unroll
+        for (int tap = 0; tap < TAPS; ++tap) {
+          g[i][tap] = k0 + k < c.K && channel < c.C ? __ldg(taps + tap) : 0.0f;
+          run[i] = max(run[i], magnitude(g[i][tap]));
+        }
+      }
+      unsigned largest = max(run[0], run[1]);
+      for (int lanes = 1; lanes < 32; lanes *= 2) {
+        largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+      }
+      const int scale = scale_for(largest, WEIGHT_TOP), exponent = -(input_scale - 1 + scale);
+      const HalfRange range(scale);
+      const float factor = power_of_two(scale);
+      good = good && exponent >= -126 && exponent <= 126;
+      good = good && range.holds(run[0]) && range.holds(run[1]);
+      if (lane == 0 && group == 0) {
+        state->exponent[k] = (signed char)min(126, max(-126, exponent));
+        state->bias[k] = bias && k0 + k < c.K ? __ldg(bias + k0 + k) : 0.0f;
+      }
+      #pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        #pragma unroll
+        for (int s = 0; s < S; ++s) {
+          const float g0 = factor * g[i][s], g1 = factor * g[i][S + s];
+          const float g2 = factor * g[i][2 * S + s], outer = 0.5f * (g0 + g2), inner = 0.5f * g1;
+          const float taps[2] = {group ? outer - inner : outer + inner, group ? g2 : g0};
+          #pragma unroll
+          for (int t = 0; t < 2; ++t) {
+            const int channel = lane + 32 * i, tap = t * S + s;
+            const int fragment = tap * PARTS + 2 * i;  // and the next
+            const __half2 hi = hi_of(taps[t], 0.0f), one = half ? lo_of(taps[t], 0.0f, hi) : hi;
+            unsigned char* to = turn + f * TURN_FILTER + tap * PIXEL + channel * 2;
+            if (half == 1 && fragment >= LO_FRAGMENTS) {
+              // the last tap has a tile of its own, half of the one before is in the third
+              const bool own = tap == TAPS_HELD - 1;
+              const int tile = own ? group : 2, chunk = own ? channel / 8 : lane / 8 + 4 * group;
+              to = tiles + tile * TILE + in_row(k, chunk) + channel % 8 * 2;
+            }
+            *reinterpret_cast<__half*>(to) = __low2half(one);
+          }
+        }
+      }
+    }
+    __syncwarp();
+    #pragma unroll
+    for (int eight = 0; eight < 2; ++eight) {
+      const unsigned char* const row = turn + (lane % 8 + 8 * eight) * TURN_FILTER + lane / 8 * 16;
+      #pragma unroll
+      for (int i = 0; i < (half ? LO_FRAGMENTS : FRAGMENTS); i += 2) {
+        unsigned quarter[4];  // channels 0 to 7 and 8 to 15 of this fragment and of the next
+        ldmatrix_x4(quarter, row + i / PARTS * PIXEL + i % PARTS * 32);
+        unsigned (*const to)[4] = half ? &a.lo[i] : &a.hi[i];
+        to[0][eight] = quarter[0];
+        to[0][eight + 2] = quarter[1];
+        to[1][eight] = quarter[2];
+        to[1][eight + 2] = quarter[3];
+      }
+    }
+  }
+  __syncwarp();
+  return good;
+}
+"""
+
+CONSUME = r"""
+// Which of a warpgroup's warps, and the first of the two filters of which a thread has sums; the
+// other is 8 further. Worked out anew each time, see thread_again.
+__device__ __forceinline__ int warp_again() { return thread_again() / 32 % 4; }
+__device__ __forceinline__ int filter_again() {
+  return warp_again() * 16 + thread_again() % 32 / 4;
+}
+
+// Starts 64 filters by 64 columns of one m: a transformed row, its slot, by the `t`th of the
+// warpgroup's two taps. First what has a lo half in it, 2^11 times too large: those sums are small,
+// and what tensor cores cut off when they add is small against the end result. Then it is the other
+// warpgroup's turn: it multiplies while this one waits, scales, and later stores.
+template <int group, int t>
+__device__ __forceinline__ void multiply(Sums& sum, const Weights& a, unsigned char* shared,
+                                         State* state, const Conv& c) {
+  const auto pixel_rows = [&] {
+    const int slot = 2 * t + group, pixel0 = (unsigned)-c.pad_w & 3;
+    return swizzled_rows(uniform(shared_address(shared) + SLOTS_AT + slot * SLOT + pixel0 * PIXEL));
+  };
+  const auto tile_rows = [&](int at, int of_group) {
+    return swizzled_rows(uniform(shared_address(shared) + TILES_AT + at + group * of_group));
   };
   wgmma_fence();
-  #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    const unsigned long long hi = row(r);
+  {
+    const unsigned long long hi = pixel_rows();
+    const unsigned long long own = tile_rows(0, TILE), both = tile_rows(2 * TILE, 64);
     #pragma unroll
     for (int s = 0; s < S; ++s) {
       #pragma unroll
-      for (int part = 0; part < HALF_PARTS; ++part) {
+      for (int part = 0; part < PARTS; ++part) {
         const unsigned long long at = moved(hi, s * PIXEL + part * 32);
-        const int tap = (r * S + s) * PARTS;
-        wgmma_m64n136k16_f16_ra(sum, a[tap + part], moved(at, RING_HALF), r + s + part);
-        wgmma_m64n136k16_f16_ra(sum, a[tap + HALF_PARTS + part], at, 1);
+        const int i = (t * S + s) * PARTS + part, missing = i - LO_FRAGMENTS;
+        wgmma_m64n64k16_f16_ra(sum, a.hi[i], moved(at, LO_AT), s + part);
+        if (missing < 0) {
+          wgmma_m64n64k16_f16_ra(sum, a.lo[i < LO_FRAGMENTS ? i : 0], at, 1);
+        } else {
+          wgmma_m64n64k16_f16(
+              sum, missing < 2 ? moved(both, missing * 32) : moved(own, (missing - 2) * 32), at, 1);
+        }
       }
     }
   }
   wgmma_commit();
+  warp_arrives(&state->turn[1 - group]);
   wgmma_wait<0>();
   #pragma unroll
   for (float& one : sum) one *= 1.0f / LO_SCALE;
   wgmma_fence();
+  const unsigned long long hi = pixel_rows();
   #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    const unsigned long long hi = row(r);
+  for (int s = 0; s < S; ++s) {
     #pragma unroll
-    for (int s = 0; s < S; ++s) {
-      #pragma unroll
-      for (int part = 0; part < HALF_PARTS; ++part) {
-        wgmma_m64n136k16_f16_ra(sum, a[(r * S + s) * PARTS + part],
-                                moved(hi, s * PIXEL + part * 32), 1);
-      }
+    for (int part = 0; part < PARTS; ++part) {
+      wgmma_m64n64k16_f16_ra(sum, a.hi[(t * S + s) * PARTS + part],
+                             moved(hi, s * PIXEL + part * 32), 1);
     }
   }
   wgmma_commit();
-  wgmma_wait<0>();
 }
 
-// Where a thread's sums of filter k stand in shared memory while they are handed over.
-__device__ __forceinline__ float2* handed_sums(unsigned char* staging, int k, int lane) {
-  return reinterpret_cast<float2*>(staging + (k + lane / 4) * STAGING_PITCH) + lane % 4;
+// What makes sums outputs, of a thread's two filters.
+struct Finish {
+  float factor[2], bias[2];
+  __device__ __forceinline__ explicit Finish(const State* state) {
+    const int k = filter_again();
+    #pragma unroll
+    for (int eight = 0; eight < 2; ++eight) {
+      factor[eight] = power_of_two(state->exponent[k + 8 * eight]);
+      bias[eight] = state->bias[k + 8 * eight];
+    }
+  }
+};
+
+// m1 or m2, as a part of outputs, into the warpgroup's place. m1 brings the bias.
+template <int group>
+__device__ __forceinline__ void hand_over(const Sums& sum, const Finish& of, float4* place) {
+  const float bias[2] = {group ? 0.0f : of.bias[0], group ? 0.0f : of.bias[1]};
+  #pragma unroll
+  for (int i = 0; i < PRODUCT_W / 2; i += 4) {
+    place[i / 4 * GROUP] = make_float4(
+        fmaf(sum[i], of.factor[0], bias[0]), fmaf(sum[i + 1], of.factor[0], bias[0]),
+        fmaf(sum[i + 2], of.factor[1], bias[1]), fmaf(sum[i + 3], of.factor[1], bias[1]));
+  }
+}
+
+// m0 + (m1 + m2), or m3 + (m1 - m2): outputs.
+template <int group>
+__device__ __forceinline__ void take_over(Sums& sum, const Finish& of, const float4* m1,
+                                          const float4* m2) {
+  const float sign = group ? -1.0f : 1.0f;
+  #pragma unroll
+  for (int i = 0; i < PRODUCT_W / 2; i += 4) {
+    const float4 a = m1[i / 4 * GROUP], b = m2[i / 4 * GROUP];
+    sum[i] = fmaf(sum[i], of.factor[0], fmaf(sign, b.x, a.x));
+    sum[i + 1] = fmaf(sum[i + 1], of.factor[0], fmaf(sign, b.y, a.y));
+    sum[i + 2] = fmaf(sum[i + 2], of.factor[1], fmaf(sign, b.z, a.z));
+    sum[i + 3] = fmaf(sum[i + 3], of.factor[1], fmaf(sign, b.w, a.w));
+  }
+}
+
+// Stores a warp's 16 filters of one output row. Four lanes have 8 columns of a filter, two each,
+// wherever they begin in a sector: they pass them round until each has what is its own in one, so
+// that a store of the warp is 8 whole sectors. What is left at both ends of the strip is one
+// sector's worth, parts of two that the neighbours complete. EVEN: rows start on 8 bytes and end
+// there, so two columns stay together.
+template <bool EVEN>
+__device__ __forceinline__ void store(Sums& sum, const Out& out) {
+  const int quad = thread_again() % 4, mine = filter_again();
+  float* row = out.first + (long long)mine * out.plane;
+  const int skip = -(int)((unsigned long long)row >> 2) & 7;  // to a sector; the same 8 filters on
+  if (!EVEN) {
+    const bool odd = skip & 1;  // then the first of two columns is a lane's second
+    #pragma unroll
+    for (int i = 0; i < PRODUCT_W / 2; i += 2) {
+      const float a = sum[i], b = sum[i + 1];
+      sum[i] = odd ? b : a;
+      sum[i + 1] = odd ? a : b;
+    }
+  }
+  // the lanes that have a lane's two columns are so many further on, and may wrap
+  const int a_from = skip / 2, b_from = EVEN ? a_from : (skip + 1) / 2;
+  const bool a_next = quad < a_from, b_next = quad < b_from;
+  const int a_lane = quad + a_from & 3, b_lane = quad + b_from & 3;
+  #pragma unroll
+  for (int eight = 0; eight < 2; ++eight) {
+    const int end = mine + 8 * eight < out.filters ? out.columns : 0, column = skip + 2 * quad;
+    #pragma unroll
+    for (int j = 0; j < TILE_W; j += 8) {
+      const float* const now = &sum[j / 2 + eight * 2];
+      const float* const next = &sum[(j + 8) % TILE_W / 2 + eight * 2];
+      const float a = __shfl_sync(0xffffffffu, a_next ? next[0] : now[0], a_lane, 4);
+      const float b = __shfl_sync(0xffffffffu, b_next ? next[1] : now[1], b_lane, 4);
+      const bool ends = j + 8 == TILE_W;
+      const int at = ends ? (column + j) % TILE_W : column + j;
+      if (EVEN) {
+        if (at < end) *reinterpret_cast<float2*>(row + at) = make_float2(a, b);
+      } else if (!ends && at + 1 < end) {
+        *reinterpret_cast<float2*>(row + at) = make_float2(a, b);
+      } else {
+        const int after = ends ? (at + 1) % TILE_W : at + 1;
+        if (at < end) row[at] = a;
+        if (after < end) row[after] = b;
+      }
+    }
+    row += 8ll * out.plane;
+  }
+}
+
+// A warpgroup's part of all pairs of rows of all items.
+template <int group, bool EVEN>
+__device__ __forceinline__ void work(const Weights& a, const float* __restrict__ x,
+                                     const float* __restrict__ w, float* __restrict__ y,
+                                     const Conv& c, const Plan& plan, int blocks_k,
+                                     unsigned char* shared, State* first_state) {
+  const auto strip_again = [&]() -> Strip& { return first_state->strip[thread_again() / 32]; };
+  #pragma unroll 1
+  for (int item = blockIdx.x / blocks_k; item < plan.items;
+       item = strip_again().item + gridDim.x / blocks_k) {
+    __syncwarp();  // all have read the item before
+    if (thread_again() % 32 == 0) {
+      const Item at = item_at(item, plan, c);
+      const int k0 = opaque(blockIdx.x) % blocks_k * BLOCK_K;
+      Strip& strip = strip_again();
+      strip = {(((long long)at.n * c.K + k0) * c.OH + at.oh0) * c.OW + at.ow0,
+               item, c.K - k0, at.rows, c.OW - at.ow0, 0, strip.pairs};
+    }
+    #pragma unroll 1
+    while (true) {
+      // not to be computed once and for all
+      unsigned char* const here = shared + opaque(0);
+      State* const state = reinterpret_cast<State*>(here + STATE_AT);
+      Strip& strip = state->strip[thread_again() / 32];
+      const auto place = [&](int of) {
+        return reinterpret_cast<float4*>(here + PLACES_AT + of * PLACE) + thread_again() % GROUP;
+      };
+      const auto wait = [&](unsigned long long* barrier, int parity) {
+        mbarrier_wait(shared_address(barrier), parity);
+      };
+      __syncwarp();
+      if (strip.row >= strip.rows) break;
+      Sums sum;
+      wait(&state->full[0], strip.pairs & 1);
+      wait(&state->turn[group], 0);
+      multiply<group, 0>(sum, a, here, state, c);
+      const Finish of(state);
+      wgmma_wait<0>();
+      warp_arrives(&state->empty[0]);
+      wait(&state->free[group][warp_again()], strip.pairs & 1);
+      hand_over<group>(sum, of, place(group));
+      warp_arrives(&state->handed[group][warp_again()]);
+
+      wait(&state->full[1 + group], strip.pairs & 1);
+      wait(&state->turn[group], 1);
+      multiply<group, 1>(sum, a, here, state, c);
+      wgmma_wait<0>();
+      warp_arrives(&state->empty[1 + group]);
+      wait(&state->handed[1 - group][warp_again()], strip.pairs & 1);
+      take_over<group>(sum, Finish(state), place(0), place(1));
+      warp_arrives(&state->free[1 - group][warp_again()]);
+      const int row = strip.row + group;
+      if (row < strip.rows) {
+        const int width = opaque(c.OW);
+        store<EVEN>(sum, {y + strip.first + (long long)row * width, opaque(c.OH) * width,
+                          strip.filters, strip.columns, strip.columns == width, false});
+      }
+      __syncwarp();
+      if (thread_again() % 32 == 0) {
+        strip.row += 2;
+        ++strip.pairs;
+      }
+    }
+    redo_bad_rows(x, w, y, c, plan, blocks_k, strip_again().item, first_state);
+  }
 }
 
 template <bool EVEN>
@@ -120,83 +707,60 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
                                         const float* __restrict__ bias, float* __restrict__ y,
                                         const Conv& c, const Plan& plan, int blocks_k,
                                         unsigned char* shared, State* state, int scale) {
-  const int k = threadIdx.x / 32 % 4 * 16;  // a warp's filters, the same in both warpgroups
-  const int channel0 = threadIdx.x < 128 ? 0 : CHANNELS / 2;
-  Weights a;
-  unsigned char* const turn = shared + RING_AT + threadIdx.x / 32 * TURN;
+  const int group = uniform(threadIdx.x / GROUP), warp = threadIdx.x / 32 % 4;
   const int k0 = blockIdx.x % blocks_k * BLOCK_K;
-  if (!load_weights(a, w, bias, c, k0, k, channel0, turn, state, scale)) state->weights_bad = 1;
-  for (int i = 0; i < RING; ++i) release_row(state, i);  // of weights
-
-  unsigned char* const staging = shared + STAGING_AT;
-  const unsigned ring = shared_address(shared) + RING_AT;
-  // Both in one register: the row of the item, and where the ring stood at its first.
-  int at = 0;
-  #pragma unroll 1
-  for (int item = blockIdx.x / blocks_k; item < plan.items; item += gridDim.x / blocks_k) {
-    wait_for_row(state, at);
-    wait_for_row(state, at + 1);
-    #pragma unroll 1
-    for (; at / ROUND < item_at(item, plan, c).rows; at += ROUND) {
-      const int q = at % ROUND + at / ROUND;
-      wait_for_row(state, q + 2);
-      Sums sum;
-      multiply(sum, a, ring + thread_again() / 128 * CHANNELS, q, (unsigned)-c.pad_w & 3);
-      release_row(state, q);
-      const int pair = thread_again() / 32 % 4;
-      if (thread_again() < 128) {
-        mbarrier_wait(shared_address(&state->free[pair]), q & 1);
-        const int lane = thread_again() % 32;
-        #pragma unroll
-        for (int eight = 0; eight < 2; ++eight) {
-          float2* const to = handed_sums(staging, pair * 16 + eight * 8, lane);
-          #pragma unroll
-          for (int j = 0; j < PRODUCT_W / 8; ++j) {
-            to[4 * j] = make_float2(sum[4 * j + eight * 2], sum[4 * j + eight * 2 + 1]);
-          }
-        }
-        warp_arrives(&state->handed[pair]);
-      } else {
-        bulk_wait_read();  // the row before has left, while this one was multiplied
-        warp_arrives(&state->free[pair]);
-        mbarrier_wait(shared_address(&state->handed[pair]), q & 1);
-        const int lane = thread_again() % 32;
-        #pragma unroll
-        for (int eight = 0; eight < 2; ++eight) {
-          const float2* const from = handed_sums(staging, pair * 16 + eight * 8, lane);
-          #pragma unroll
-          for (int j = 0; j < PRODUCT_W / 8; ++j) {
-            sum[4 * j + eight * 2] += from[4 * j].x;
-            sum[4 * j + eight * 2 + 1] += from[4 * j].y;
-          }
-        }
-        __syncwarp();  // all have read: now the same place takes the outputs
-        const Out out = out_row(item, at / ROUND, y, c, plan, blocks_k);
-        stage<EVEN>(sum, 0, pair * 16, lane, out, state, staging);
-        stage<EVEN>(sum, 1, pair * 16 + 8, lane, out, state, staging);
-        send(pair * 16, lane, out, staging);
-      }
-    }
-    at = (at % ROUND + at / ROUND) % ROUND;
-    release_row(state, at);
-    release_row(state, at + 1);
-    at = (at + 2) % ROUND;
-    redo_bad_rows(x, w, y, c, plan, blocks_k, item, state);
+  unsigned char* const turn = shared + SLOTS_AT + threadIdx.x / 32 * TURN;
+  Weights a;
+  if (!load_weights(a, w, bias, c, k0, warp * 16, group, turn, shared + TILES_AT, state, scale)) {
+    state->weights_bad = 1;
+  }
+  fence_async_proxy();  // wgmma sees the tiles
+  named_barrier<CONSUMERS>(2);
+  warp_arrives(&state->empty[0]);  // of weights
+  warp_arrives(&state->empty[1 + group]);
+  warp_arrives(&state->free[1 - group][warp]);
+  if (group == 0) {
+    work<0, EVEN>(a, x, w, y, c, plan, blocks_k, shared, state);
+  } else {
+    warp_arrives(&state->turn[0]);
+    work<1, EVEN>(a, x, w, y, c, plan, blocks_k, shared, state);
   }
 }
 """
+
+SOURCE = (
+    HALF_RANGE
+    + MMA
+    + HOPPER
+    + BULK
+    + CP_ASYNC
+    + wgmma_f16(64)
+    + wgmma_f16_ra(64)
+    + INCLUDES
+    + LAYOUT
+    + BAD_ROWS
+    + STATE
+    + PLAN
+    + PRODUCE
+    + HALVES_OF
+    + CONVERT
+    + WARP_ARRIVES
+    + WEIGHTS
+    + OUT_ROW
+    + redo("CONSUMERS", settled="  named_barrier<CONSUMERS>(1);  // all rows are stored\n")
+    + CONSUME
     + HOPPER_KERNEL
 )
 
 
 RUNG = Rung(
     name="k08_hopper_split",
-    idea="the same at fp32-class accuracy: values as hi + lo halves",
+    idea="fp32-class accuracy: values as hi + lo halves, a third of the products saved",
     notebook="07_precision",
     source=SOURCE,
     refusal=refusal,
     precision="fp32",
     capability=(9, 0),
     arch="90a",
-    defines=DEFINES,
+    mixes_rows=True,
 )

@@ -111,6 +111,9 @@ class Rung:
         arch: the nvcc architecture it must be built for where one alone will do ("90a").
         defines: tile constants, macros with their values; a build may override them.
         variants: other values of the defines, to be compared by `asymconv sweep`.
+        mixes_rows: whether rows, and a column's taps, are added before they are multiplied
+            (Winograd). Then what a row brings to an output with a tap of 0 cancels but for its
+            rounding: see `asymconv.check.Tolerance`.
     """
 
     name: str
@@ -123,6 +126,7 @@ class Rung:
     arch: str | None = None
     defines: Mapping[str, int] = field(default_factory=dict)
     variants: tuple[Mapping[str, int], ...] = ()
+    mixes_rows: bool = False
 
     @property
     def number(self) -> str:
