@@ -124,11 +124,11 @@ LEAST_FILLED = 0.75
 """Least part of those columns that must be there."""
 
 WINS: tuple[Win, ...] = (
-    # measured (figures/data/layers.json): 2.3 to 3.3 times as fast forward from 521,220 pixels on,
+    # measured (figures/data/layers.json): 2.4 to 3.3 times as fast forward from 521,220 pixels on,
     # 1.17 and more with backward. Below, 1.7 and more forward down to 110,000, where the host's
     # time for a call decides; with backward not measured. Guessed: the channels.
     Win("k07", True, (9, 0), in_channels=(48, 64), out_channels=64, pixels=500_000),
-    # measured on two layers: 4.2 to 4.7 times as fast forward, 1.07 to 1.3 with backward
+    # measured on two layers: 4.7 to 5.7 times as fast forward, 1.08 to 1.3 with backward
     Win("k08", False, (9, 0), in_channels=(48, 64), out_channels=64, pixels=500_000),
 )
 """Best first. k06 is not here: where both run, k07 is faster; where k07 refuses (more than 64
