@@ -195,8 +195,8 @@ MODELS: tuple[Model, ...] = (
     Model("hi + lo, one chain", _as_it_is, "tensor cores", split=True),
     Model("hi + lo, chains of 32", _as_it_is, "tensor cores", split=True, channels_at_once=32),
 )
-"""From coarse to fine. "exact": the operands alone are rounded. The last is k08: a warpgroup for 32
-channels."""
+"""From coarse to fine. "exact": the operands alone are rounded. Sums are direct; those in chains of
+32 channels are what k08 had first, a warpgroup for 32."""
 
 
 # --- inputs beyond fp16's range ------------------------------------------------------------------
