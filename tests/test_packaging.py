@@ -152,11 +152,16 @@ def test_the_readmes_claims_are_what_the_records_give() -> None:
     ours = ladder["k07"].median
     runs = theirs_on_the_contract()
     before, after = (network.forward[name] for name in (comparison.THEIRS, comparison.OURS))
+    calls = comparison.load_layers().overheads
+    forced = [c.ours - c.theirs for c in calls if "forced" in c.what]
+    left = [c.ours - c.theirs for c in calls if "forced" not in c.what]
     for claim in (
         f"{theirs / ours:.2f} times as fast as PyTorch's default",
         f"{strict / ladder['k08'].median:.1f} times as fast as PyTorch's strict fp32",
         f"k07 takes {ours / ladder['memory floor'].median:.2f} times what moving the bytes alone",
         f"nn.Conv2d takes {min(runs):.2f} to {max(runs):.2f} ms on the contract's shape",
         f"takes {statistics.median(after):.0f} ms converted and {statistics.median(before):.0f}",
+        f"costs its host {min(forced):.0f} to {max(forced):.0f} µs more than nn.Conv2d's",
+        f"PyTorch runs costs {min(left):.0f} to {max(left):.0f} µs more",
     ):
         assert claim in readme, claim

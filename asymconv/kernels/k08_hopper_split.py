@@ -29,7 +29,7 @@ What it changes:
   shared memory, and so is where a warp is in its strip: a register that the compiler moves to local
   memory costs hundreds of cycles here, where shared memory leaves L1 next to nothing. Two blocks
   share a strip, side by side, and read the same rows: the second from L2.
-- Outputs leave in whole sectors, straight from registers: four lanes that hold 8 columns pass them
+- Outputs leave in whole sectors, straight from registers: four lanes that hold 8 columns move them
   round until each has its own part of a sector.
 
 What it predicts, on the contract's shape: 144 wgmma of 32 cycles for two rows of 64 columns and 64
@@ -588,7 +588,7 @@ __device__ __forceinline__ void take_over(Sums& sum, const Finish& of, const flo
 }
 
 // Stores a warp's 16 filters of one output row. Four lanes have 8 columns of a filter, two each,
-// wherever they begin in a sector: they pass them round until each has what is its own in one, so
+// wherever they begin in a sector: they move them round until each has what is its own in one, so
 // that a store of the warp is 8 whole sectors. What is left at both ends of the strip is one
 // sector's worth, parts of two that the neighbours complete. EVEN: rows start on 8 bytes and end
 // there, so two columns stay together.
