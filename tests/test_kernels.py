@@ -107,6 +107,43 @@ def test_thread_order_does_not_matter(rung: Rung, order_seed: int) -> None:
     assert torch.equal(plain, shuffled)
 
 
+class InRows:
+    """F(2, 3) down the rows in float32, its four sums by PyTorch; `wrong` is added to one tap."""
+
+    key, precision, makes_output = "F(2, 3)", "fp32", True
+
+    def __init__(self, mixes_rows: bool, wrong: float = 0.0) -> None:
+        self.mixes_rows, self.wrong = mixes_rows, wrong
+
+    def __call__(self, x, weight, bias, shape: ConvShape, out=None) -> torch.Tensor:
+        (top, side), weight = shape.padding, weight.clone()
+        weight[-1, -1, 1, 2] += self.wrong
+        rows = torch.nn.functional.pad(x, (side, side, top, top + shape.out_height % 2))
+        d = [rows[:, :, i : rows.shape[2] - 3 + i : 2] for i in range(4)]
+        g = [weight[:, :, i : i + 1] for i in range(3)]
+        pairs = (
+            (d[0] - d[2], g[0]),
+            (d[1] + d[2], ((g[0] + g[2]) + g[1]) / 2),
+            (d[2] - d[1], ((g[0] + g[2]) - g[1]) / 2),
+            (d[3] - d[1], g[2]),
+        )
+        m = [torch.nn.functional.conv2d(row, tap) for row, tap in pairs]
+        y = torch.stack((m[0] + (m[1] + m[2]), m[3] + (m[1] - m[2])), dim=3).flatten(2, 3)
+        y = y[:, :, : shape.out_height]
+        return y if bias is None else y + bias[:, None, None]
+
+
+def test_what_is_allowed_where_rows_are_mixed() -> None:
+    """Winograd in float32 needs that bound and passes it; one tap off by 1e-4 does not."""
+    shape = ConvShape(2, 1, 31, 49, 130, padding=2)  # corners see one tap, rows cancel the others
+    for seed in range(3):
+        check(InRows(True), shape, "cpu", seed)
+        with pytest.raises(AssertionError, match="an element is off by"):
+            check(InRows(False), shape, "cpu", seed)
+        with pytest.raises(AssertionError, match="an element is off by"):
+            check(InRows(True, wrong=1e-4), shape, "cpu", seed)
+
+
 def test_a_removed_barrier_is_found() -> None:
     """k04 without the barrier that waits for its tile: the CPU run names the race."""
     rung = get_rung("k04")

@@ -32,11 +32,12 @@ What it changes:
 - Outputs leave in whole sectors, straight from registers: four lanes that hold 8 columns move them
   round until each has its own part of a sector.
 
-What it predicts, on the contract's shape: 144 wgmma of 32 cycles for two rows of 64 columns and 64
-filters: 4,608 cycles, 65,280 times on 132 SMs: 2.28 million cycles, 1.3 ms at 1.755 GHz if tensor
-cores never wait. Shared memory moves 640 KB meanwhile, 5,000 cycles: 1.4 ms. With both in each
+What it predicted, on the contract's shape, when a strip still had products of 72 columns (64 and 8
+more, to store from a whole sector on): 144 wgmma of 36 cycles for two rows of 64 columns and 64
+filters: 5,184 cycles, 65,280 times on 132 SMs: 2.56 million cycles, 1.5 ms at 1.7 GHz if tensor
+cores never wait. Shared memory moves 776 KB meanwhile, 6,060 cycles: 1.8 ms. With both in each
 other's way 2.1 to 2.4 ms. Error: a third more than direct sums (4.7e-7 by a model that cuts off),
-but chains of 12 large products in place of 18: 4e-7 to 6e-7.
+but chains of 12 large products in place of 18: 4e-7 to 6e-7. Today's 64 columns are 32 cycles.
 
 Measured (notebook 07): 2.5 ms for a few calls, 2.9 in a series, where the card's power limits it.
 Error 2.8e-7: less than fp32's own, as chains are short.
