@@ -21,6 +21,20 @@ from asymconv.measure import Timing
 from asymconv.problem import CONTRACT
 
 
+def test_a_pictures_png_keeps_each_methods_colour() -> None:
+    """Where SVG is not shown (GitHub, JupyterLab before it trusts a notebook) readers see these."""
+    ladder = record.load()
+    png = Image.open(io.BytesIO(show.figure(plots.ladder(ladder)).png)).convert("RGB")
+    seen = [colour for _, colour in png.getcolors()]
+    for timing in ladder.timings:
+        if timing.kind == "ceiling":
+            continue
+        code = plots.page.colour(timing.name).removeprefix("#")
+        own = tuple(bytes.fromhex(code))
+        off = min(max(abs(a - b) for a, b in zip(own, one, strict=True)) for one in seen)
+        assert off <= 8, timing.name
+
+
 def test_a_picture_is_svg_and_png_of_the_same() -> None:
     picture = show.figure(drawings.layer(CONTRACT))
     data, metadata = picture._repr_mimebundle_()
