@@ -19,7 +19,7 @@ INCLUDES = r"""
 
 """
 
-BAD_ROWS = r"""
+_BAD_ROWS = r"""
 // Which rows of an item need fp32: of the input, counted from the item's first.
 struct BadRows {
   int first, last;
@@ -27,7 +27,7 @@ struct BadRows {
 struct BadRun {
   int row, pixel;  // of the item's window, the first of 4
 };
-constexpr int MOST_BAD_RUNS = 32;   // of an item: more, and whole rows are computed again
+constexpr int MOST_BAD_RUNS = MOST;   // of an item: more, and whole rows are computed again
 constexpr int REDO_W = 4 + S - 1;   // columns that see a run: a warp computes so many at once
 constexpr int REDOS_W = (PRODUCT_W + REDO_W - 1) / REDO_W;
 constexpr int ITEMS_UNDER_WAY = 4;  // producers are RING rows ahead at most, items have 3 or more
@@ -346,6 +346,15 @@ extern "C" int asymconv_launch(const float* x, const float* w, const float* bias
   return (int)cudaGetLastError();
 }
 """
+
+
+def bad_rows(most_runs: int) -> str:
+    """What notes where fp16 does not do.
+
+    Args:
+        most_runs: of an item that are noted; with more, whole rows are computed again.
+    """
+    return _BAD_ROWS.replace("MOST;", f"{most_runs};")
 
 
 def redo(redoers: str, *, settled: str = "") -> str:

@@ -36,13 +36,13 @@ Measured (notebook 06): 1.32 ms, as long as the same bytes take in the same stri
 
 from asymconv.kernels.half_range import HALF_RANGE
 from asymconv.kernels.hopper_rows import (
-    BAD_ROWS,
     HALVES_OF,
     HOPPER_KERNEL,
     INCLUDES,
     OUT_ROW,
     PLAN,
     WARP_ARRIVES,
+    bad_rows,
     redo,
     refusal,
 )
@@ -514,7 +514,7 @@ constexpr int BLOCK_K = 128, HALVES = 1;
 """
     + INCLUDES
     + LAYOUT
-    + BAD_ROWS
+    + bad_rows(most_runs=32)
     + STATE
     + PLAN
     + CURSOR

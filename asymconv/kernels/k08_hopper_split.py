@@ -49,13 +49,13 @@ products had to be saved.
 
 from asymconv.kernels.half_range import HALF_RANGE
 from asymconv.kernels.hopper_rows import (
-    BAD_ROWS,
     HALVES_OF,
     HOPPER_KERNEL,
     INCLUDES,
     OUT_ROW,
     PLAN,
     WARP_ARRIVES,
+    bad_rows,
     redo,
     refusal,
 )
@@ -67,21 +67,24 @@ LAYOUT = r"""
 constexpr int BLOCK_K = 64, CHANNELS = 64, R = 3, S = 3, TAPS = R * S, PARTS = CHANNELS / 16;
 constexpr int TILE_W = 64, PRODUCT_W = TILE_W, ALIGN = 1;
 
-// Two warpgroups multiply and store, m1 and m0 the first, m2 and m3 the second; one fetches and
-// converts.
-constexpr int GROUP = 128, CONSUMERS = 2 * GROUP, PRODUCERS = 128;
+// Two warpgroups multiply and store, m1 and m0 the first, m2 and m3 the second; two fetch and
+// convert.
+constexpr int GROUP = 128, CONSUMERS = 2 * GROUP, PRODUCERS = 2 * GROUP;
 constexpr int THREADS = CONSUMERS + PRODUCERS;
-constexpr int LAUNCH_REGISTERS = 168, CONSUMER_REGISTERS = 232, PRODUCER_REGISTERS = 40;
+constexpr int LAUNCH_REGISTERS = 128, CONSUMER_REGISTERS = 224, PRODUCER_REGISTERS = 32;
 static_assert(LAUNCH_REGISTERS * THREADS <= 65536, "a block has an SM's registers");
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
                   THREADS * LAUNCH_REGISTERS,
               "warps share out what the launch was given; to wait for more is to hang");
 
-// Shared memory, in bytes. Landing: rows of fp32 as they come from memory, 72 pixels a channel. Two
-// channels are 24 words apart in their banks: loads of 8 bytes meet no bank twice. A warp of the
-// producers has 16 channels of five rows for itself: four that two output rows see, and the next.
-constexpr int RING_W = 72, WARP_CHANNELS = CHANNELS / (PRODUCERS / 32), LANDINGS = 5;
-constexpr int LANDING_PITCH = (RING_W + 4) * 4, LANDING = WARP_CHANNELS * LANDING_PITCH;
+// Shared memory, in bytes. Landing: rows of fp32 as they come from memory, 72 pixels a channel. A
+// warp of the producers has 16 channels of a half, 32 pixels, of five rows for itself: four that
+// two output rows see, and the next. What is right of the halves, the tail, is the left ones'.
+constexpr int RING_W = 72, HALF_W = 32, TAIL_W = RING_W - 2 * HALF_W, LANDINGS = 5;
+constexpr int WARP_CHANNELS = CHANNELS / (PRODUCERS / 2 / 32);
+constexpr int LINE = HALF_W * 4, HALF = WARP_CHANNELS * LINE, TAIL_AT = 2 * HALF;
+constexpr int LANDING = TAIL_AT + WARP_CHANNELS * TAIL_W * 4;
+static_assert(LINE == 128, "a warp's copies fill all banks; what lies beside a line costs another");
 
 // Slots: transformed rows of fp16: t1, t2, t0, t3, for m1, m2, m0, m3. A pixel is a row of 64
 // channels, 128 bytes in 8 chunks of 16, chunk i of pixel p at place i ^ (p % 8) (the 128-byte
@@ -97,17 +100,18 @@ constexpr int PLACE = GROUP * (PRODUCT_W / 2) * 4;
 static_assert(PRODUCT_W / 2 % 4 == 0, "sums go by four");
 
 // A warpgroup's weights: two transformed taps by 3 columns by 64 channels, hi and lo, as wgmma's
-// a, 64 filters by 16 channels each. The last lo halves have no registers: they stand in tiles of
-// 64 filters by 64 channels, swizzled like pixels, one for each warpgroup and one for both.
-constexpr int TAPS_HELD = 2 * S, FRAGMENTS = TAPS_HELD * PARTS, LO_FRAGMENTS = FRAGMENTS - 6;
-constexpr int TILE = BLOCK_K * PIXEL, TILES = 3;
+// a, 64 filters by 16 channels each. The lo halves of the last two taps have no registers: each
+// has a tile of 64 filters by 64 channels, swizzled like pixels.
+constexpr int TAPS_HELD = 2 * S, FRAGMENTS = TAPS_HELD * PARTS, TAPS_IN_TILES = 2;
+constexpr int LO_FRAGMENTS = FRAGMENTS - TAPS_IN_TILES * PARTS;
+constexpr int TILE = BLOCK_K * PIXEL, TILES = 2 * TAPS_IN_TILES;
 
 // All others go through slots and places on their way into registers: a warp turns its 16 filters,
 // (filter, tap, channel), first hi and then lo. 4 words from filter to filter in their banks: no
 // conflicts for ldmatrix.
 constexpr int TURN_FILTER = TAPS_HELD * PIXEL + 16, TURN = 16 * TURN_FILTER;
 
-constexpr int SLOTS_AT = PRODUCERS / 32 * LANDINGS * LANDING;
+constexpr int SLOTS_AT = CHANNELS / WARP_CHANNELS * LANDINGS * LANDING;
 constexpr int PLACES_AT = SLOTS_AT + 2 * SLOTS * SLOT;
 constexpr int TILES_AT = PLACES_AT + 2 * PLACE;
 constexpr int STATE_AT = TILES_AT + TILES * TILE;
@@ -182,145 +186,124 @@ struct Cursor {
   }
 };
 
-// Starts the copies of some columns of a warp's channels of a row, LANES lanes a channel; zeros
-// where the image ends. Of no bytes the address may be anywhere.
-template <int COPY_W, int LANES, int COLUMNS>
-__device__ __forceinline__ void fetch_columns(unsigned char* landing, int channel0, int column0,
-                                              const Cursor& at, const Conv& c) {
-  constexpr int STEP = 32 / LANES;
-  static_assert(COLUMNS % (LANES * COPY_W) == 0 && WARP_CHANNELS % STEP == 0, "whole copies");
-  const int lane = thread_again() & 31, depth0 = lane / LANES;
-  const int pixel0 = column0 + lane % LANES * COPY_W;
+// Where a pixel of a warp's half lands, of the warp's `depth`th channel: a channel has a line of its
+// own, its groups of 8 pixels in an order of its own. Of the tail a line is 4 channels.
+__device__ __forceinline__ int in_half(int depth, int pixel) {
+  return depth * LINE + ((pixel / 8 ^ depth / 2 & 3) << 5) + pixel % 8 * 4;
+}
+__device__ __forceinline__ int in_tail(int depth, int pixel) {
+  return TAIL_AT + (depth / 8 * 2 + depth % 2) * LINE + (depth / 2 & 3) * 32 + pixel * 4;
+}
+
+// Starts the copies of a half or the tail of a row of a warp's channels, COPY_W pixels a lane;
+// zeros where the image ends. Of no bytes the address may be anywhere.
+template <int COPY_W, bool TAIL>
+__device__ __forceinline__ void fetch_part(unsigned char* landing, int channel0, int column0,
+                                           const Cursor& at, const Conv& c) {
+  constexpr int LANES = (TAIL ? TAIL_W : HALF_W) / COPY_W, STEP = 32 / LANES;  // of a channel
+  const int lane = thread_again() & 31, depth0 = lane / LANES, pixel = lane % LANES * COPY_W;
+  const int iw = at.iw + column0 + pixel;
+  const bool inside = (unsigned)(at.ih + at.row) < (unsigned)c.H && iw >= 0 && iw < c.W;
   const float* from = at.first + (long long)at.row * c.W +
-                      (long long)(channel0 + depth0) * c.H * c.W + pixel0;
-  float* to = reinterpret_cast<float*>(landing + depth0 * LANDING_PITCH) + pixel0;
-  const bool inside = (unsigned)(at.ih + at.row) < (unsigned)c.H;
-  const int begin = inside ? -(at.iw + pixel0) : INT_MAX, end = c.W - at.iw - pixel0;
-  constexpr int COPIES = COLUMNS / (LANES * COPY_W);
-  int bytes[COPIES];
-  #pragma unroll
-  for (int i = 0; i < COPIES; ++i) {
-    const int j = i * LANES * COPY_W;
-    bytes[i] = j >= begin && j < end ? COPY_W * 4 : 0;
-  }
+                      (long long)(channel0 + depth0) * c.H * c.W + column0 + pixel;
   #pragma unroll
   for (int depth = 0; depth < WARP_CHANNELS; depth += STEP) {
-    const bool there = channel0 + depth0 + depth < c.C;
-    #pragma unroll
-    for (int i = 0; i < COPIES; ++i) {
-      const int j = i * LANES * COPY_W;
-      if (COPY_W == 4) {
-        cp_async_16(to + j, from + j, there ? bytes[i] : 0);
-      } else {
-        cp_async_4(to + j, from + j, there ? bytes[i] : 0);
-      }
+    const int bytes = inside && channel0 + depth0 + depth < c.C ? COPY_W * 4 : 0;
+    const int place = TAIL ? in_tail(depth0 + depth, pixel) : in_half(depth0 + depth, pixel);
+    float* const to = reinterpret_cast<float*>(landing + place);
+    if (COPY_W == 4) {
+      cp_async_16(to, from, bytes);
+    } else {
+      cp_async_4(to, from, bytes);
     }
     from += (long long)STEP * c.H * c.W;
-    to += STEP * LANDING_PITCH / 4;
   }
 }
 
-// A row: a group of copies. WIDE: rows of x start on 16 bytes; then a channel's first 64 columns go
-// in pieces of 128 bytes.
+// A row: a group of copies. WIDE: rows of x start on 16 bytes.
 template <bool WIDE>
-__device__ __forceinline__ void fetch(unsigned char* landing, int channel0, const Cursor& at,
-                                      const Conv& c) {
-  if (WIDE) {
-    fetch_columns<4, 8, TILE_W>(landing, channel0, 0, at, c);
-    fetch_columns<4, 2, RING_W - TILE_W>(landing, channel0, TILE_W, at, c);
-  } else {
-    fetch_columns<1, 8, RING_W>(landing, channel0, 0, at, c);
-  }
+__device__ __forceinline__ void fetch(unsigned char* landing, int channel0, int half,
+                                      const Cursor& at, const Conv& c) {
+  constexpr int COPY_W = WIDE ? 4 : 1;
+  fetch_part<COPY_W, false>(landing, channel0, half * HALF_W, at, c);
+  if (half == 0) fetch_part<COPY_W, true>(landing, channel0, 2 * HALF_W, at, c);
   cp_async_commit();
 }
 """
 
 CONVERT = r"""
-// Two pixels of two channels of two rows.
+// What a lane has of a row: of 8 pixels two, of two channels. Loads of a warp meet no bank twice.
+constexpr int UNIT_W = 8;
+static_assert(UNIT_W / 2 * WARP_CHANNELS / 2 == 32, "a lane's pixels");
 struct Few {
-  float2 row[2][2];
-  __device__ __forceinline__ void load(const float* first, const float* second) {
-    #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      row[0][k] = *reinterpret_cast<const float2*>(first + k * (LANDING_PITCH / 4));
-      row[1][k] = *reinterpret_cast<const float2*>(second + k * (LANDING_PITCH / 4));
-    }
+  float2 channel[2];
+  __device__ __forceinline__ explicit Few(const unsigned char* at) {
+    channel[0] = *reinterpret_cast<const float2*>(at);
+    channel[1] = *reinterpret_cast<const float2*>(at + LINE);
   }
 };
 
-// A warp's channels of two rows of the input into a transformed row, second - first, and if BOTH
-// second + first into the slot before it. If LOOK, looks at what the second row brings.
-//
-// A lane has runs, 4 pixels of two channels: two channels of a pixel are one store. Half of the
-// lanes start with a run's last two pixels, so that stores of a warp meet no bank twice. What comes
-// next is loaded before what is there is stored.
+// Where a lane's are in a landing, in the warp's `unit`th 8 pixels: a half's four, and the tail.
+__device__ __forceinline__ int few_at(int unit) {
+  const int lane = thread_again() & 31, depth = lane / 4 * 2, pixel = lane % 4 * 2;
+  return unit < HALF_W / UNIT_W ? in_half(depth, unit * UNIT_W + pixel) : in_tail(depth, pixel);
+}
+__device__ __forceinline__ int units_of(int half) { return HALF_W / UNIT_W + (half == 0); }
+
+// A warp's part of two rows of the input into a transformed row, second - first, and if BOTH
+// second + first into the slot before it. If LOOK, looks at what the second row brings. Two
+// channels of a pixel are one store; stores of a warp meet no bank twice either.
 template <bool BOTH, bool LOOK>
 __device__ __forceinline__ void convert(const unsigned char* first, const unsigned char* second,
-                                        unsigned char* slot, int channel0, int scale,
+                                        unsigned char* slot, int channel0, int half, int scale,
                                         HalfRuns& seen) {
-  constexpr int UNIT_W = 16;
-  static_assert(UNIT_W / 4 * WARP_CHANNELS / 2 == 32, "every lane has runs");
-  static_assert((UNIT_W * PIXEL & (PIXEL + 16) * 3) == 0, "pixels are bits of their own");
   const float factor = power_of_two(scale - 1);  // a sum of two rows has their range
-  const int lane = thread_again() & 31, run = (lane & 3) * 4, depth = (lane >> 2) * 2;
-  const int turned = lane & 2, from = depth * (LANDING_PITCH / 4) + run + turned;
-  const float* const rows[2] = {reinterpret_cast<const float*>(first) + from,
-                                reinterpret_cast<const float*>(second) + from};
-  const int back = 2 - 2 * turned;  // to the other two pixels
-  const int to = in_row(run, (channel0 + depth) / 8) + (depth & 7) * 2 ^ turned * (PIXEL + 16);
-  Few now;
-  now.load(rows[0], rows[1]);
+  const int lane = thread_again() & 31, channel = channel0 + lane / 4 * 2;
+  const int units = units_of(half);
+  // to the first pixel, an even one: so the swizzle only has to take the other one in
+  const int to = in_row(half * HALF_W + lane % 4 * 2, channel / 8) + (channel & 7) * 2;
+  const int from = few_at(0), tail = few_at(HALF_W / UNIT_W);
   #pragma unroll 1
-  for (int pixel = 0; pixel < RING_W - run; pixel += UNIT_W) {
-    float largest[2];  // of a run, of each channel
+  for (int unit = 0; unit < units; ++unit) {
+    const int now = unit < HALF_W / UNIT_W ? from ^ unit * UNIT_W * 4 : tail;
+    const Few one(first + now), two(second + now);
     #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Few next;
-      const int later = pixel + UNIT_W < RING_W - run ? pixel + UNIT_W : 0;  // or nothing of use
-      const int at = half == 0 ? pixel + back : later;
-      next.load(rows[0] + at, rows[1] + at);
+    for (int k = 0; LOOK && k < 2; ++k) {
+      seen.look_at(larger_magnitude(two.channel[k].x, two.channel[k].y));
+    }
+    const int pixel = unit < HALF_W / UNIT_W ? unit * UNIT_W : 2 * HALF_W;
+    #pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float sum[2], difference[2];
       #pragma unroll
-      for (int k = 0; LOOK && k < 2; ++k) {
-        const float two = larger_magnitude(now.row[1][k].x, now.row[1][k].y);
-        largest[k] = half ? larger_magnitude(largest[k], two) : two;
-        if (half) seen.look_at(largest[k]);
+      for (int k = 0; k < 2; ++k) {
+        // a power of two: the products are exact, and each sum is rounded once
+        const float a = factor * (j ? one.channel[k].y : one.channel[k].x);
+        const float b = j ? two.channel[k].y : two.channel[k].x;
+        sum[k] = fmaf(factor, b, a);
+        difference[k] = fmaf(factor, b, -a);
       }
-      #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float sum[2], difference[2];
-        #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          // a power of two: the products are exact, and each sum is rounded once
-          const float a = factor * (j ? now.row[0][k].y : now.row[0][k].x);
-          const float b = j ? now.row[1][k].y : now.row[1][k].x;
-          sum[k] = fmaf(factor, b, a);
-          difference[k] = fmaf(factor, b, -a);
-        }
-        // p % 8 is 0 or 4 for the first pixel, so the swizzle only has to take j in
-        __half2* const place = reinterpret_cast<__half2*>(
-            slot + pixel * PIXEL + (to ^ (half * 2 + j) * (PIXEL + 16)));
-        const __half2 hi = hi_of(difference[0], difference[1]);
-        place[0] = hi;
-        place[LO_AT / 4] = lo_of(difference[0], difference[1], hi);
-        if (BOTH) {
-          const __half2 hi = hi_of(sum[0], sum[1]);
-          place[-SLOT / 4] = hi;
-          place[(LO_AT - SLOT) / 4] = lo_of(sum[0], sum[1], hi);
-        }
+      __half2* const place =
+          reinterpret_cast<__half2*>(slot + pixel * PIXEL + (to ^ j * (PIXEL + 16)));
+      const __half2 hi = hi_of(difference[0], difference[1]);
+      place[0] = hi;
+      place[LO_AT / 4] = lo_of(difference[0], difference[1], hi);
+      if (BOTH) {
+        const __half2 hi = hi_of(sum[0], sum[1]);
+        place[-SLOT / 4] = hi;
+        place[(LO_AT - SLOT) / 4] = lo_of(sum[0], sum[1], hi);
       }
-      now = next;
     }
   }
 }
 
-// Looks at a warp's channels of a row that no pair before has brought.
-__device__ __forceinline__ void look_at(const unsigned char* row, HalfRuns& seen) {
-  const int lane = thread_again() & 31;
+// Looks at a warp's part of a row that no pair before has brought.
+__device__ __forceinline__ void look_at(const unsigned char* row, int half, HalfRuns& seen) {
   #pragma unroll 1
-  for (int i = lane; i < WARP_CHANNELS * RING_W / 4; i += 32) {
-    const float4 run = *reinterpret_cast<const float4*>(row + i / (RING_W / 4) * LANDING_PITCH +
-                                                        i % (RING_W / 4) * 16);
-    seen.look_at(larger_magnitude(larger_magnitude(run.x, run.y), larger_magnitude(run.z, run.w)));
+  for (int unit = 0; unit < units_of(half); ++unit) {
+    const Few few(row + few_at(unit));
+    #pragma unroll
+    for (const float2& two : few.channel) seen.look_at(larger_magnitude(two.x, two.y));
   }
 }
 
@@ -328,9 +311,9 @@ template <bool WIDE>
 __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv& c,
                                         const Plan& plan, int blocks_k, unsigned char* shared,
                                         RingState* state, int scale) {
-  const int warp = uniform((threadIdx.x - CONSUMERS) / 32);
-  unsigned char* const landings = shared + warp * LANDINGS * LANDING;
-  const int channel0 = warp * WARP_CHANNELS, item_step = gridDim.x / blocks_k;
+  const int warp = uniform((threadIdx.x - CONSUMERS) / 32), half = warp % 2;
+  const int channel0 = warp / 2 * WARP_CHANNELS, item_step = gridDim.x / blocks_k;
+  unsigned char* const landings = shared + warp / 2 * LANDINGS * LANDING + half * HALF;
   Cursor now, ahead;
   now.enter(blockIdx.x / blocks_k, x, plan, c);
   ahead = now;
@@ -342,7 +325,7 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
         cp_async_commit();  // of nothing, so that groups are rows
         continue;
       }
-      fetch<WIDE>(landings + fetched % LANDINGS * LANDING, channel0, ahead, c);
+      fetch<WIDE>(landings + fetched % LANDINGS * LANDING, channel0, half, ahead, c);
       if (++ahead.row == ahead.rows) ahead.enter(ahead.item + item_step, x, plan, c);
     }
   };
@@ -370,23 +353,22 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
     cp_async_wait<LANDINGS - 3>();  // until the pair's third row is there
     __syncwarp();
     if (now.row == 0) {
-      look_at(row(0), seen);
-      look_at(row(1), seen);
+      look_at(row(0), half, seen);
+      look_at(row(1), half, seen);
     }
     until_empty(0);
-    convert<true, true>(row(1), row(2), slots + SLOT, channel0, scale, seen);
+    convert<true, true>(row(1), row(2), slots + SLOT, channel0, half, scale, seen);
     pass_on(0, seen);
     until_empty(1);
-    convert<false, false>(row(2), row(0), slots + 2 * SLOT, channel0, scale, seen);
+    convert<false, false>(row(2), row(0), slots + 2 * SLOT, channel0, half, scale, seen);
     pass_on(1, HalfRuns());
-    fetch_rows(1);  // over the pair's first row
-    cp_async_wait<LANDINGS - 3>();
+    cp_async_wait<LANDINGS - 4>();
     __syncwarp();
     until_empty(2);
     seen = HalfRuns();
-    convert<false, true>(row(1), row(3), slots + 3 * SLOT, channel0, scale, seen);
+    convert<false, true>(row(1), row(3), slots + 3 * SLOT, channel0, half, scale, seen);
     pass_on(2, seen);
-    fetch_rows(last ? 3 : 1);
+    fetch_rows(last ? 4 : 2);  // over rows that no pair needs any more
     landed += last ? 4 : 2;
     now.row += 2;
     if (last) now.enter(now.item + item_step, x, plan, c);
@@ -453,14 +435,11 @@ __device__ __forceinline__ bool load_weights(Weights& a, const float* __restrict
           #pragma unroll
           for (int t = 0; t < 2; ++t) {
             const int channel = lane + 32 * i, tap = t * S + s;
-            const int fragment = tap * PARTS + 2 * i;  // and the next
             const __half2 hi = hi_of(taps[t], 0.0f), one = half ? lo_of(taps[t], 0.0f, hi) : hi;
             unsigned char* to = turn + f * TURN_FILTER + tap * PIXEL + channel * 2;
-            if (half == 1 && fragment >= LO_FRAGMENTS) {
-              // the last tap has a tile of its own, half of the one before is in the third
-              const bool own = tap == TAPS_HELD - 1;
-              const int tile = own ? group : 2, chunk = own ? channel / 8 : lane / 8 + 4 * group;
-              to = tiles + tile * TILE + in_row(k, chunk) + channel % 8 * 2;
+            if (half == 1 && tap >= TAPS_HELD - TAPS_IN_TILES) {
+              const int tile = (tap - (TAPS_HELD - TAPS_IN_TILES)) * 2 + group;
+              to = tiles + tile * TILE + in_row(k, channel / 8) + channel % 8 * 2;
             }
             *reinterpret_cast<__half*>(to) = __low2half(one);
           }
@@ -507,13 +486,11 @@ __device__ __forceinline__ void multiply(Sums& sum, const Weights& a, unsigned c
     const int slot = 2 * t + group, pixel0 = (unsigned)-c.pad_w & 3;
     return swizzled_rows(uniform(shared_address(shared) + SLOTS_AT + slot * SLOT + pixel0 * PIXEL));
   };
-  const auto tile_rows = [&](int at, int of_group) {
-    return swizzled_rows(uniform(shared_address(shared) + TILES_AT + at + group * of_group));
-  };
   wgmma_fence();
   {
     const unsigned long long hi = pixel_rows();
-    const unsigned long long own = tile_rows(0, TILE), both = tile_rows(2 * TILE, 64);
+    const unsigned long long tiles =
+        swizzled_rows(uniform(shared_address(shared) + TILES_AT + group * TILE));
     #pragma unroll
     for (int s = 0; s < S; ++s) {
       #pragma unroll
@@ -524,8 +501,8 @@ __device__ __forceinline__ void multiply(Sums& sum, const Weights& a, unsigned c
         if (missing < 0) {
           wgmma_m64n64k16_f16_ra(sum, a.lo[i < LO_FRAGMENTS ? i : 0], at, 1);
         } else {
-          wgmma_m64n64k16_f16(
-              sum, missing < 2 ? moved(both, missing * 32) : moved(own, (missing - 2) * 32), at, 1);
+          const int tile = missing / PARTS * 2 * TILE;
+          wgmma_m64n64k16_f16(sum, moved(tiles, tile + missing % PARTS * 32), at, 1);
         }
       }
     }
@@ -594,42 +571,33 @@ __device__ __forceinline__ void take_over(Sums& sum, const Finish& of, const flo
 // sector's worth, parts of two that the neighbours complete. EVEN: rows start on 8 bytes and end
 // there, so two columns stay together.
 template <bool EVEN>
-__device__ __forceinline__ void store(Sums& sum, const Out& out) {
+__device__ __forceinline__ void store(const Sums& sum, const Out& out) {
   const int quad = thread_again() % 4, mine = filter_again();
   float* row = out.first + (long long)mine * out.plane;
   const int skip = -(int)((unsigned long long)row >> 2) & 7;  // to a sector; the same 8 filters on
-  if (!EVEN) {
-    const bool odd = skip & 1;  // then the first of two columns is a lane's second
-    #pragma unroll
-    for (int i = 0; i < PRODUCT_W / 2; i += 2) {
-      const float a = sum[i], b = sum[i + 1];
-      sum[i] = odd ? b : a;
-      sum[i + 1] = odd ? a : b;
-    }
-  }
-  // the lanes that have a lane's two columns are so many further on, and may wrap
-  const int a_from = skip / 2, b_from = EVEN ? a_from : (skip + 1) / 2;
-  const bool a_next = quad < a_from, b_next = quad < b_from;
-  const int a_lane = quad + a_from & 3, b_lane = quad + b_from & 3;
   #pragma unroll
   for (int eight = 0; eight < 2; ++eight) {
-    const int end = mine + 8 * eight < out.filters ? out.columns : 0, column = skip + 2 * quad;
-    #pragma unroll
-    for (int j = 0; j < TILE_W; j += 8) {
-      const float* const now = &sum[j / 2 + eight * 2];
-      const float* const next = &sum[(j + 8) % TILE_W / 2 + eight * 2];
-      const float a = __shfl_sync(0xffffffffu, a_next ? next[0] : now[0], a_lane, 4);
-      const float b = __shfl_sync(0xffffffffu, b_next ? next[1] : now[1], b_lane, 4);
-      const bool ends = j + 8 == TILE_W;
-      const int at = ends ? (column + j) % TILE_W : column + j;
-      if (EVEN) {
-        if (at < end) *reinterpret_cast<float2*>(row + at) = make_float2(a, b);
-      } else if (!ends && at + 1 < end) {
-        *reinterpret_cast<float2*>(row + at) = make_float2(a, b);
-      } else {
-        const int after = ends ? (at + 1) % TILE_W : at + 1;
-        if (at < end) row[at] = a;
-        if (after < end) row[after] = b;
+    const int end = mine + 8 * eight < out.filters ? out.columns : 0;
+    // where two columns stay together, one turn moves them both
+    #pragma unroll 1
+    for (int turn = 0; turn < (EVEN ? 1 : 2); ++turn) {
+      const int first = skip + turn, column = first + 2 * quad;
+      // the lanes that have a lane's columns are so many further on, and may wrap
+      const bool next = quad < first / 2, second = !EVEN && (first & 1);
+      const int from = quad + first / 2 & 3;
+      #pragma unroll
+      for (int j = 0; j < TILE_W; j += 8) {
+        const float* const here = &sum[j / 2 + eight * 2];
+        const float* const there = &sum[(j + 8) % TILE_W / 2 + eight * 2];
+        const float a = next ? there[0] : here[0], b = next ? there[1] : here[1];
+        const int at = j + 8 == TILE_W ? (column + j) % TILE_W : column + j;
+        const float one = __shfl_sync(0xffffffffu, second ? b : a, from, 4);
+        if (EVEN) {
+          const float two = __shfl_sync(0xffffffffu, b, from, 4);
+          if (at < end) *reinterpret_cast<float2*>(row + at) = make_float2(one, two);
+        } else if (at < end) {
+          row[at] = one;
+        }
       }
     }
     row += 8ll * out.plane;
@@ -675,11 +643,12 @@ __device__ __forceinline__ void work(const Weights& a, const float* __restrict__
       const Finish of(state);
       wgmma_wait<0>();
       warp_arrives(&state->empty[0]);
-      wait(&state->free[group][warp_again()], strip.pairs & 1);
+      const int parity = strip.pairs & 1;  // read before what is handed over is written
+      wait(&state->free[group][warp_again()], parity);
       hand_over<group>(sum, of, place(group));
       warp_arrives(&state->handed[group][warp_again()]);
 
-      wait(&state->full[1 + group], strip.pairs & 1);
+      wait(&state->full[1 + group], parity);
       wait(&state->turn[group], 1);
       multiply<group, 1>(sum, a, here, state, c);
       wgmma_wait<0>();
@@ -739,7 +708,7 @@ SOURCE = (
     + wgmma_f16_ra(64)
     + INCLUDES
     + LAYOUT
-    + BAD_ROWS
+    + bad_rows(most_runs=24)  # shared memory is full
     + STATE
     + PLAN
     + PRODUCE
