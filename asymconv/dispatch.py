@@ -312,7 +312,10 @@ def tf32_allowed() -> bool:
     Reads the new setting: reading ``cudnn.allow_tf32`` can raise once the new one was used. They
     are cuDNN's: where that is switched off, PyTorch's other convolutions compute in fp32.
     """
-    return torch.backends.cudnn.enabled and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    # torch.backends.cudnn.enabled and .conv.fp32_precision, read where these read it: through
+    # Python's attributes it takes a microsecond, every call
+    enabled = torch._C._get_cudnn_enabled()
+    return enabled and torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)
