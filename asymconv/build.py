@@ -425,7 +425,7 @@ class Kernel:
             LaunchError: CUDA's own refusal.
             asymconv.cpu.EmulationError: the CPU run found a fault in the kernel.
         """
-        out = torch.empty(prepared.sizes[-1], dtype=torch.float32, device=x.device)
+        out = x.new_empty(prepared.sizes[-1])
         self.launch(x, weight, bias, out, prepared)
         return out
 

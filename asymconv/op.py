@@ -2,8 +2,12 @@
 
 `conv2d` is `torch.nn.functional.conv2d`. Where `asymconv.dispatch` knows that PyTorch's own
 convolution runs a call, it is called at once: it costs nothing more, and gradients of any order,
-vmap, autocast and forward mode are PyTorch's own. Else the operator runs a rung; its gradients go
-through aten::convolution_backward, which can itself be differentiated.
+vmap, autocast and forward mode are PyTorch's own. Else a rung runs; its gradients go through
+aten::convolution_backward, which can itself be differentiated.
+
+A call from Python goes to the launch at once: a round through PyTorch's dispatcher into Python
+costs the host more than all the rest. The operator is for those who must see it: compilers, modes,
+profilers.
 """
 
 from __future__ import annotations
@@ -201,8 +205,6 @@ def _only_pytorch(device: str, stride, padding, dilation, groups) -> str | None:
         return "autocast computes in another dtype"
     if reason := _differentiates_otherwise():
         return reason
-    if torch.jit.is_tracing():
-        return "torch.jit traces"
     (a, b), (c, d), (e, f) = stride, padding, dilation
     if not type(a) is type(b) is type(c) is type(d) is type(e) is type(f) is type(groups) is int:
         return "arguments that are not of type int"  # equal to ints, refused or not
@@ -245,17 +247,17 @@ def decide_call(
     pairs = pairs_of(weight.shape, stride, padding, dilation)
     if pairs is None:
         return Decision(None, f"padding {padding!r} that needs a copy, or is refused"), (), None
-    arguments = (*pairs, groups)
-    facts = facts_of(x, weight, bias, *arguments)
+    stride, padding, dilation = pairs
+    facts = facts_of(x, weight, bias, stride, padding, dilation, groups)
     decision, prepared = _plan(facts, forced())
     if decision.rung is None and decision.machine is None:
         return decision, (), None
-    if reason := _only_pytorch(facts.device, *arguments):
+    if reason := _only_pytorch(facts.device, stride, padding, dilation, groups):
         return Decision(None, reason), (), None
     kernel = _built(decision, x.device)
     if isinstance(kernel, str):
         return Decision(None, kernel), (), None
-    return decision, arguments, functools.partial(kernel.run, prepared)
+    return decision, (stride, padding, dilation, groups), functools.partial(kernel.run, prepared)
 
 
 @functools.cache
@@ -321,6 +323,7 @@ def conv2d(
         type(x) in _PLAIN
         and type(weight) in _PLAIN
         and (x.is_cuda or forced())
+        and not torch.jit.is_tracing()  # sizes are tensors then
         and (forced() or not hopeless(x.shape, weight.shape, stride, padding, dilation, groups))
     ):
         _, arguments, run = decide_call(x, weight, bias, stride, padding, dilation, groups)
