@@ -445,7 +445,9 @@ class Kernel:
             out: (N, K, OH, OW), likewise, starting at a multiple of 16 bytes.
             emulation: CPU only: `asymconv.cpu.Program.call`'s options.
 
-        Raises what `run` raises.
+        Raises:
+            LaunchError: CUDA's own refusal.
+            asymconv.cpu.EmulationError: the CPU run found a fault in the kernel.
         """
         if self.backend != "cuda":
             code = self._emulate(x, weight, bias, out, prepared, emulation)

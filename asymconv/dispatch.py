@@ -179,6 +179,8 @@ def pairs_of(
     dilation: int | Sequence[int],
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
     """Stride, padding, dilation as tuples; None for what only PyTorch understands, or refuses."""
+    if type(stride) is type(padding) is type(dilation) is tuple:  # as layers have them: at once
+        return stride, padding, dilation
     if isinstance(stride, int):
         stride = (stride, stride)
     if isinstance(dilation, int):
@@ -344,9 +346,9 @@ def facts_of(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
     groups: int,
 ) -> Facts:
     """The facts of a call under PyTorch's present flags. Reads no tensor's values.
@@ -361,7 +363,7 @@ def facts_of(
     device, dtype = x.device, x.dtype
     kind = "hip" if device.type == "cuda" and torch.version.hip else device.type
     one_device = weight.device == device and (bias is None or bias.device == device)
-    one_dtype = weight.dtype == dtype and (bias is None or bias.dtype == dtype)
+    one_dtype = weight.dtype is dtype and (bias is None or bias.dtype is dtype)
     return Facts(
         kind if one_device else "several",
         capability_of(device.index) if kind == "cuda" else None,
@@ -371,9 +373,9 @@ def facts_of(
         x.shape,
         weight.shape,
         None if bias is None else bias.shape,
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
+        stride,
+        padding,
+        dilation,
         groups,
     )
 

@@ -101,7 +101,7 @@ def _plan(facts: Facts, rungs: tuple[str, ...] | None) -> tuple[Decision, build.
 
 
 def _run(x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-    facts = facts_of(x, weight, bias, stride, padding, dilation, groups)
+    facts = facts_of(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
     decision, prepared = _plan(facts, forced())
     kernel = _built(decision, x.device)
     if isinstance(kernel, build.Kernel):
