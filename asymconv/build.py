@@ -32,7 +32,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -313,6 +313,29 @@ def compile_report(
     return CompileReport(rung.name, arch, _parse_ptxas(lines), warnings)
 
 
+class Prepared(NamedTuple):
+    """What every launch of a shape needs, worked out once.
+
+    Attributes:
+        shape: the convolution.
+        sizes: of x, weight, bias and out.
+        struct: its sizes as the CUDA text reads them.
+        address: of the struct, which lives as long as this does.
+    """
+
+    shape: ConvShape
+    sizes: tuple[tuple[int, ...], ...]
+    struct: ConvStruct
+    address: int
+
+    @classmethod
+    def of(cls, shape: ConvShape) -> Prepared:
+        """For a shape."""
+        struct = ConvStruct.of(shape)
+        sizes = (shape.input_shape, shape.weight_shape, (shape.out_channels,), shape.output_shape)
+        return cls(shape, sizes, struct, ctypes.addressof(struct))
+
+
 class Kernel:
     """A rung, built: call it with tensors.
 
@@ -372,37 +395,98 @@ class Kernel:
             LaunchError: CUDA's own refusal.
             asymconv.cpu.EmulationError: the CPU run found a fault in the kernel.
         """
-        struct, *sizes = self._prepared(shape)
+        prepared = self._prepared(shape)
         if out is None:
-            out = torch.empty(sizes[-1], dtype=torch.float32, device=x.device)
-        self._check_tensors((x, weight, bias, out), sizes)
-        if out.numel() == 0:
-            return out
-        pointers = [None if t is None else t.data_ptr() for t in (x, weight, bias, out)]
-        if self.backend == "cuda":
-            with torch.cuda.device(x.device):
-                stream = torch.cuda.current_stream().cuda_stream
-                code = self._entry(*pointers, ctypes.addressof(struct), stream)
-        else:
-            tensors = {"x": x, "w": weight, "bias": bias, "y": out}
-            code = self.program.call(
-                ENTRY,
-                *(ctypes.c_void_p(p) for p in pointers),
-                ctypes.byref(struct),
-                ctypes.c_void_p(None),
-                buffers=[
-                    cpu.Buffer(name, t.data_ptr(), t.numel() * t.element_size())
-                    for name, t in tensors.items()
-                    if t is not None
-                ],
-                order_seed=order_seed,
-                trace=trace,
-                racecheck=racecheck,
-                multiprocessors=multiprocessors,
-            )
-        if code:
-            raise LaunchError(f"{self.rung.name}: launch failed with cudaError {code} for {shape}")
+            out = torch.empty(prepared.sizes[-1], dtype=torch.float32, device=x.device)
+        self._check_tensors((x, weight, bias, out), prepared.sizes)
+        if out.numel() > 0:
+            how = dict(order_seed=order_seed, trace=trace, racecheck=racecheck)
+            self.launch(x, weight, bias, out, prepared, multiprocessors=multiprocessors, **how)
         return out
+
+    def run(
+        self,
+        prepared: Prepared,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What a call does, without its checks: for tensors that `asymconv.dispatch` has looked at.
+
+        Args:
+            prepared: of a shape which the rung takes, and which has outputs.
+            x, weight, bias: of that shape, float32, contiguous, on one device, of this kernel's
+                kind.
+
+        Returns:
+            (N, K, OH, OW), new.
+
+        Raises:
+            LaunchError: CUDA's own refusal.
+            asymconv.cpu.EmulationError: the CPU run found a fault in the kernel.
+        """
+        out = x.new_empty(prepared.sizes[-1])
+        self.launch(x, weight, bias, out, prepared)
+        return out
+
+    def launch(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        prepared: Prepared,
+        **emulation: int,
+    ) -> None:
+        """Queue the kernel: all calls end here. Nothing is checked.
+
+        Args:
+            x, weight, bias, prepared: as `run` has them.
+            out: (N, K, OH, OW), likewise, starting at a multiple of 16 bytes.
+            emulation: CPU only: `asymconv.cpu.Program.call`'s options.
+
+        Raises:
+            LaunchError: CUDA's own refusal.
+            asymconv.cpu.EmulationError: the CPU run found a fault in the kernel.
+        """
+        if self.backend != "cuda":
+            code = self._emulate(x, weight, bias, out, prepared, emulation)
+        else:
+            index = x.get_device()
+            arguments = (
+                x.data_ptr(),
+                weight.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+                out.data_ptr(),
+                prepared.address,
+                # torch.cuda.current_stream() makes an object, which takes longer than all the rest
+                # here; TorchInductor asks for its launches' stream as this does
+                torch._C._cuda_getCurrentRawStream(index),
+            )
+            if index == torch.cuda.current_device():
+                code = self._entry(*arguments)
+            else:
+                with torch.cuda.device(index):
+                    code = self._entry(*arguments)
+        if code:
+            where = f"{self.rung.name}: launch failed"
+            raise LaunchError(f"{where} with cudaError {code} for {prepared.shape}")
+
+    def _emulate(self, x, weight, bias, out, prepared: Prepared, options: Mapping[str, int]) -> int:
+        """On this CPU; returns a cudaError."""
+        tensors = {"x": x, "w": weight, "bias": bias, "y": out}
+        return self.program.call(
+            ENTRY,
+            *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors.values()),
+            ctypes.byref(prepared.struct),
+            ctypes.c_void_p(None),
+            buffers=[
+                cpu.Buffer(name, t.data_ptr(), t.numel() * t.element_size())
+                for name, t in tensors.items()
+                if t is not None
+            ],
+            **options,
+        )
 
     def trace(
         self,
@@ -430,12 +514,10 @@ class Kernel:
         self(*data, shape, out, trace=True, multiprocessors=multiprocessors)
         return self.program.counts()
 
-    def _prepare(self, shape: ConvShape) -> tuple[ConvStruct, *tuple[tuple[int, ...], ...]]:
-        """What every call with a shape needs: the struct, and the sizes of x, weight, bias, out."""
+    def _prepare(self, shape: ConvShape) -> Prepared:
         if reason := self.rung.refuses(shape, self.defines):
             raise ValueError(f"{self.rung.name} does not take this shape: {reason}")
-        sizes = (shape.input_shape, shape.weight_shape, (shape.out_channels,), shape.output_shape)
-        return ConvStruct.of(shape), *sizes
+        return Prepared.of(shape)
 
     def _check_tensors(
         self, tensors: Sequence[torch.Tensor | None], sizes: Sequence[tuple[int, ...]]

@@ -234,7 +234,7 @@ def compare_layer(layer: RealLayer, batch: int, device: str = "cuda") -> list[Ro
     x, weight, _ = random_data(shape, device)
     pair = _layer_pair(shape, weight)
     with convolution_flags(precision):
-        decision, _ = op.decide_call(x, weight, None, *shape.conv_args().values())
+        decision, *_ = op.decide_call(x, weight, None, *shape.conv_args().values())
         if decision.rung is not None:  # against float64, and exact on integers
             with dispatch.always(decision.rung.number):  # one image may be too few to win
                 check(_Dispatched(precision), shape.with_(batch=1), device)

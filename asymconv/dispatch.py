@@ -179,6 +179,8 @@ def pairs_of(
     dilation: int | Sequence[int],
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
     """Stride, padding, dilation as tuples; None for what only PyTorch understands, or refuses."""
+    if type(stride) is type(padding) is type(dilation) is tuple:  # as layers have them: at once
+        return stride, padding, dilation
     if isinstance(stride, int):
         stride = (stride, stride)
     if isinstance(dilation, int):
@@ -312,7 +314,10 @@ def tf32_allowed() -> bool:
     Reads the new setting: reading ``cudnn.allow_tf32`` can raise once the new one was used. They
     are cuDNN's: where that is switched off, PyTorch's other convolutions compute in fp32.
     """
-    return torch.backends.cudnn.enabled and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    # torch.backends.cudnn.enabled and .conv.fp32_precision, read where these read it: through
+    # Python's attributes it takes a microsecond, every call
+    enabled = torch._C._get_cudnn_enabled()
+    return enabled and torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)
@@ -341,9 +346,9 @@ def facts_of(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
     groups: int,
 ) -> Facts:
     """The facts of a call under PyTorch's present flags. Reads no tensor's values.
@@ -358,7 +363,7 @@ def facts_of(
     device, dtype = x.device, x.dtype
     kind = "hip" if device.type == "cuda" and torch.version.hip else device.type
     one_device = weight.device == device and (bias is None or bias.device == device)
-    one_dtype = weight.dtype == dtype and (bias is None or bias.dtype == dtype)
+    one_dtype = weight.dtype is dtype and (bias is None or bias.dtype is dtype)
     return Facts(
         kind if one_device else "several",
         capability_of(device.index) if kind == "cuda" else None,
@@ -368,9 +373,9 @@ def facts_of(
         x.shape,
         weight.shape,
         None if bias is None else bias.shape,
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
+        stride,
+        padding,
+        dilation,
         groups,
     )
 

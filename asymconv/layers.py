@@ -93,6 +93,6 @@ def explain(x: torch.Tensor, layer: nn.Module) -> str:
     with torch.no_grad():
         x, padding = _padded(layer, x)
     weight, bias = layer.weight, layer.bias
-    decision, _ = decide_call(x, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
+    decision, *_ = decide_call(x, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
     name = decision.rung.name if decision.rung else "PyTorch's own"
     return f"{name}: {decision.reason}"

@@ -2,15 +2,20 @@
 
 `conv2d` is `torch.nn.functional.conv2d`. Where `asymconv.dispatch` knows that PyTorch's own
 convolution runs a call, it is called at once: it costs nothing more, and gradients of any order,
-vmap, autocast and forward mode are PyTorch's own. Else the operator runs a rung; its gradients go
-through aten::convolution_backward, which can itself be differentiated.
+vmap, autocast and forward mode are PyTorch's own. Else a rung runs; its gradients go through
+aten::convolution_backward, which can itself be differentiated.
+
+A call from Python goes to the launch at once: a round through PyTorch's dispatcher into Python
+costs the host more than all the rest. The operator is for those who must see it: compilers, modes,
+profilers.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +23,16 @@ from torch import nn
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from asymconv import build
-from asymconv.dispatch import Decision, decide, facts_of, forced, hopeless, may_win, pairs_of
+from asymconv.dispatch import (
+    Decision,
+    Facts,
+    decide,
+    facts_of,
+    forced,
+    hopeless,
+    may_win,
+    pairs_of,
+)
 from asymconv.kernels import Rung
 
 SCHEMA = (
@@ -79,11 +93,19 @@ def _built(decision: Decision, device: torch.device) -> build.Kernel | str:
     return found
 
 
+@functools.lru_cache(maxsize=4096)
+def _plan(facts: Facts, rungs: tuple[str, ...] | None) -> tuple[Decision, build.Prepared | None]:
+    """What `decide` says, and what the launch needs if a rung runs it."""
+    decision = decide(facts, rungs)
+    return decision, None if decision.shape is None else build.Prepared.of(decision.shape)
+
+
 def _run(x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-    decision = decide(facts_of(x, weight, bias, stride, padding, dilation, groups), forced())
+    facts = facts_of(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    decision, prepared = _plan(facts, forced())
     kernel = _built(decision, x.device)
     if isinstance(kernel, build.Kernel):
-        return kernel(x, weight, bias, decision.shape)
+        return kernel.run(prepared, x, weight, bias)
     return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -100,38 +122,49 @@ def _fake(x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), 
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, *arguments):
+    def forward(ctx, x, weight, bias, arguments, run):
         ctx.arguments = arguments
-        ctx.bias_size = None if bias is None else [bias.shape[0]]
         ctx.save_for_backward(x, weight)
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.asymconv.conv2d.default(x, weight, bias, *arguments)
+        return run(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.arguments
         wanted = list(ctx.needs_input_grad[:3])
+        bias_size = [weight.shape[0]] if wanted[2] else None
         grads = torch.ops.aten.convolution_backward(
-            grad, x, weight, ctx.bias_size, stride, padding, dilation, False, [0, 0], groups, wanted
+            grad, x, weight, bias_size, stride, padding, dilation, False, [0, 0], groups, wanted
         )
-        return *grads, None, None, None, None
+        return *grads, None, None
 
 
-def _with_gradients(x, weight, bias, *arguments):
-    """The operator, recorded for backward if one may be asked for."""
-    if torch.is_grad_enabled() and (
+# _Conv2d.apply without what it does first for torch.func, in Python and longer than all the rest
+_apply_to_plain = super(torch.autograd.Function, _Conv2d).apply
+
+
+def _wants_gradients(x, weight, bias) -> bool:
+    return torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return _Conv2d.apply(x, weight, bias, *arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.asymconv.conv2d.default(x, weight, bias, *arguments)
+    )
+
+
+def _operator(x, weight, bias, arguments):
+    """The operator, recorded for backward if one may be asked for."""
+
+    def run(x, weight, bias):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.asymconv.conv2d.default(x, weight, bias, *arguments)
+
+    if _wants_gradients(x, weight, bias):
+        return _Conv2d.apply(x, weight, bias, arguments, run)
+    return run(x, weight, bias)
 
 
 def _autograd(x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
     if _differentiates_otherwise():
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return _with_gradients(x, weight, bias, stride, padding, dilation, groups)
+    return _operator(x, weight, bias, (stride, padding, dilation, groups))
 
 
 # torch.library.register_autograd would do, but costs 20 microseconds a call more
@@ -166,16 +199,15 @@ def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
-def _only_pytorch(x: torch.Tensor, arguments: Sequence[object]) -> str | None:
+def _only_pytorch(device: str, stride, padding, dilation, groups) -> str | None:
     """What is going on that only PyTorch's own convolution knows of, or None."""
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(device):
         return "autocast computes in another dtype"
     if reason := _differentiates_otherwise():
         return reason
-    if torch.jit.is_tracing():
-        return "torch.jit traces"
-    if not all(type(value) is int for value in arguments):  # equal to ints, refused or not
-        return "arguments that are not of type int"
+    (a, b), (c, d), (e, f) = stride, padding, dilation
+    if not type(a) is type(b) is type(c) is type(d) is type(e) is type(f) is type(groups) is int:
+        return "arguments that are not of type int"  # equal to ints, refused or not
     return None
 
 
@@ -187,8 +219,8 @@ def decide_call(
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
     groups: int,
-) -> tuple[Decision, tuple | None]:
-    """What `conv2d` does with a call, and its pairs; builds the kernel if there is one to build.
+) -> tuple[Decision, tuple, Callable[..., torch.Tensor] | None]:
+    """What `conv2d` does with a call; builds the kernel if there is one to build.
 
     Warns once where the machine is why no rung runs.
 
@@ -201,8 +233,9 @@ def decide_call(
         groups: of channels.
 
     Returns:
-        The decision, and stride, padding and dilation as pairs; None in place of these where only
-        PyTorch knows what to do with them.
+        The decision; and where a rung runs the call: the arguments behind the bias, with pairs,
+        and a function of x, weight and bias that launches it and returns (N, K, OH, OW), without
+        gradients. Else () and None.
 
     Raises:
         KeyError: `dispatch.always` was given a rung that there is not.
@@ -210,18 +243,50 @@ def decide_call(
     if not (
         type(x) in _PLAIN and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     ):
-        return Decision(None, "a subclass of torch.Tensor, or no tensor"), None
+        return Decision(None, "a subclass of torch.Tensor, or no tensor"), (), None
     pairs = pairs_of(weight.shape, stride, padding, dilation)
     if pairs is None:
-        return Decision(None, f"padding {padding!r} that needs a copy, or is refused"), None
-    decision = decide(facts_of(x, weight, bias, *pairs, groups), forced())
-    if decision.rung is not None or decision.machine is not None:
-        if reason := _only_pytorch(x, [*pairs[0], *pairs[1], *pairs[2], groups]):
-            return Decision(None, reason), pairs
-        kernel = _built(decision, x.device)
-        if isinstance(kernel, str):
-            return Decision(None, kernel), pairs
-    return decision, pairs
+        return Decision(None, f"padding {padding!r} that needs a copy, or is refused"), (), None
+    stride, padding, dilation = pairs
+    facts = facts_of(x, weight, bias, stride, padding, dilation, groups)
+    decision, prepared = _plan(facts, forced())
+    if decision.rung is None and decision.machine is None:
+        return decision, (), None
+    if reason := _only_pytorch(facts.device, stride, padding, dilation, groups):
+        return Decision(None, reason), (), None
+    kernel = _built(decision, x.device)
+    if isinstance(kernel, str):
+        return Decision(None, kernel), (), None
+    return decision, (stride, padding, dilation, groups), functools.partial(kernel.run, prepared)
+
+
+@functools.cache
+def _plain_keys(device: str) -> frozenset[int]:
+    """Which dispatcher's keys, as numbers, tensors have that are memory and nothing else."""
+    found = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.add(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return frozenset(found)
+
+
+def _through_dispatcher(*tensors: torch.Tensor | None) -> bool:
+    """Whether PyTorch's dispatcher must see the call: a tool looks on, or has wrapped a tensor.
+
+    A mode may do anything with it, a profiler wants its name, and a tensor of another kind
+    (negative, zero, left over from torch.func, functional) must be made plain first.
+    """
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return True
+    plain = _plain_keys("cuda" if tensors[0].is_cuda else "cpu")
+    for tensor in tensors:
+        if tensor is not None and torch._C._dispatch_keys(tensor).raw_repr() not in plain:
+            return True
+    return False
 
 
 def conv2d(
@@ -258,9 +323,14 @@ def conv2d(
         type(x) in _PLAIN
         and type(weight) in _PLAIN
         and (x.is_cuda or forced())
+        and not torch.jit.is_tracing()  # sizes are tensors then
         and (forced() or not hopeless(x.shape, weight.shape, stride, padding, dilation, groups))
     ):
-        decision, pairs = decide_call(x, weight, bias, stride, padding, dilation, groups)
-        if decision.rung is not None:  # what the dispatcher would call first, called at once
-            return _with_gradients(x, weight, bias, *pairs, groups)
+        _, arguments, run = decide_call(x, weight, bias, stride, padding, dilation, groups)
+        if run is not None:
+            if _through_dispatcher(x, weight, bias):
+                return _operator(x, weight, bias, arguments)
+            if _wants_gradients(x, weight, bias):
+                return _apply_to_plain(x, weight, bias, arguments, run)
+            return run(x, weight, bias)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)

@@ -36,13 +36,13 @@ def flags():
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The rungs that were called, by number."""
+    """The rungs that were launched, by number."""
     numbers: list[str] = []
-    call = build.Kernel.__call__
+    launch = build.Kernel.launch
 
-    def spy(self: build.Kernel, *args: object, **kwargs: object) -> torch.Tensor:
+    def spy(self: build.Kernel, *args: object, **kwargs: object) -> None:
         numbers.append(self.rung.number)
-        return call(self, *args, **kwargs)
+        launch(self, *args, **kwargs)
 
-    monkeypatch.setattr(build.Kernel, "__call__", spy)
+    monkeypatch.setattr(build.Kernel, "launch", spy)
     return numbers

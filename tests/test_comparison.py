@@ -14,7 +14,7 @@ from conftest import gpu
 from torch import nn
 from typer.testing import CliRunner
 
-from asymconv import comparison, dispatch, record, tables
+from asymconv import build, comparison, dispatch, record, tables
 from asymconv.cli import app
 from asymconv.comparison import OURS, THEIRS, Layers, Network, Overhead, Row
 from asymconv.kernels import get_rung
@@ -186,6 +186,20 @@ def test_calls_cost_little_more_than_nn_conv2ds() -> None:
     assert (comparison.time.perf_counter() - start) / calls <= 15e-6
 
 
+def test_a_rungs_call_costs_little_more_than_nn_conv2ds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is Python of it: the launch, here an emulation, is left out. Else as above."""
+    monkeypatch.setattr(build.Kernel, "launch", lambda *args, **emulation: None)
+    tiny = {"3×3, a rung forced": (ConvShape(1, 1, 4, 4, 1, 3), True)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        turns = [comparison.measure_overheads("cpu", tiny) for _ in range(5)]
+    finally:
+        torch.set_num_threads(threads)
+    assert [len(overheads) for overheads in turns] == [2] * 5
+    assert min(max(o.ours - o.theirs for o in overheads) for overheads in turns) <= 15
+
+
 def test_forced_calls_are_measured_too() -> None:
     tiny = {"3×3, a rung forced": (ConvShape(1, 1, 4, 4, 1, 3), True)}
     overheads = comparison.measure_overheads("cpu", tiny, calls=1, turns=1)
@@ -329,8 +343,15 @@ def test_a_layer_on_this_gpu() -> None:
     for row in comparison.compare_layer(wide, 4):
         assert row.median(THEIRS) > 0 and row.median(OURS) > 0
         assert row.error <= 8e-4
-    for call in comparison.measure_overheads():
-        assert "forced" in call.what or call.ours - call.theirs <= 15, call
+
+
+@gpu
+def test_a_call_costs_its_host_15_microseconds_more_at_most() -> None:
+    """Left to PyTorch or run by a rung, without and with gradients; of a few turns the quietest."""
+    turns = [comparison.measure_overheads() for _ in range(3)]
+    for calls in zip(*turns, strict=True):
+        best = min(calls, key=lambda call: call.ours - call.theirs)
+        assert best.ours - best.theirs <= 15, best
 
 
 @gpu

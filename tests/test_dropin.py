@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import pickle
 import subprocess
 import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -24,6 +26,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, parametrize, spectral_norm
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -486,6 +490,214 @@ def test_tools_that_look_inside(by_k05: None, used: list[str], tmp_path) -> None
     many = torch.compile(lambda xs: torch.vmap(lambda x: ours(x))(xs), fullgraph=True)
     xs = torch.rand(3, 2, 4, 8, 16)
     close(many(xs), torch.vmap(theirs)(xs))
+
+
+# --- at once, or through PyTorch's dispatcher -----------------------------------------------------
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One entry for each call of `op.conv2d` that PyTorch's dispatcher sees."""
+    seen: list[str] = []
+    operator = op._operator
+
+    def spy(*args: object) -> torch.Tensor:
+        seen.append("seen")
+        return operator(*args)
+
+    monkeypatch.setattr(op, "_operator", spy)
+    return seen
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_call_is_launched_at_once(
+    by_k05: None, device: str, bias: bool, used: list[str], dispatched: list[str]
+) -> None:
+    """With and without gradients, of parameters and of plain tensors, in inference mode too."""
+    theirs, ours = pair(device, **SERVED, bias=bias)
+    x = torch.rand(2, 4, 8, 16, device=device)
+    expected = theirs(x)
+    y = ours(x)
+    assert type(y) is torch.Tensor and y.requires_grad and not y.is_leaf
+    close(y, expected)
+    with torch.no_grad():
+        y = ours(x)
+    assert not y.requires_grad and y.is_contiguous()
+    close(y, expected)
+    with torch.inference_mode():
+        y = ours(x)
+        assert y.is_inference()
+        close(ours(y[:, :4].contiguous()), theirs(y[:, :4].contiguous()))  # inference's own tensor
+    for frozen in (ours.weight.detach(), ours.weight.detach().requires_grad_()):
+        y = op.conv2d(x, frozen, ours.bias, padding=1)
+        assert y.requires_grad == (frozen.requires_grad or bias)
+        close(y, expected)
+    for own, other in zip(step(ours, x), step(theirs, x), strict=True):
+        close(own, other, 1000)
+    assert used == ["k05"] * 7
+    assert not dispatched
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.filterwarnings("ignore:Input #:UserWarning")  # float32 will do: see below
+def test_gradients_of_both_orders_at_once(
+    by_k05: None, device: str, used: list[str], dispatched: list[str]
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 4, 5, device=device, requires_grad=True)
+    weight = torch.randn(3, 2, 3, 3, device=device, requires_grad=True)
+    bias = torch.randn(3, device=device, requires_grad=True)
+    tolerances = dict(eps=0.5, atol=1e-3, rtol=1e-3)
+    for arguments in ((x, weight, bias, 1, (1, 0)), (x, weight, None, 1, (1, 0))):
+        assert torch.autograd.gradcheck(op.conv2d, arguments, **tolerances)
+        assert torch.autograd.gradgradcheck(op.conv2d, arguments, **tolerances)
+    assert set(used) == {"k05"} and not dispatched
+
+
+class Names(TorchDispatchMode):
+    """The operators that ran, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    """What was called from Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[object] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.called.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_who_looks_on_sees_the_operator(by_k05: None, gradients: bool, used: list[str]) -> None:
+    theirs, ours = pair(**SERVED)
+    x = torch.rand(2, 4, 8, 16)
+    expected = theirs(x)
+    with torch.set_grad_enabled(gradients):
+        ours(x)  # what follows is not the first call
+        with Names() as mode:
+            close(ours(x), expected)
+        assert "asymconv.conv2d.default" in mode.names
+        with Functions() as mode:
+            close(ours(x), expected)
+        assert OPERATOR.default in mode.called
+        with FlopCounterMode(display=False) as counter:
+            ours(x)
+        assert counter.get_total_flops() == 2 * expected.numel() * 36
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            close(ours(x), expected)
+        assert op.NAME in {event.key for event in profile.key_averages()}
+    assert used == ["k05"] * 5
+
+
+def test_tensors_that_are_more_than_memory(by_k05: None, dispatched: list[str]) -> None:
+    """They say that they are torch.Tensor; PyTorch's dispatcher knows better."""
+    theirs, ours = pair(**SERVED)
+    x = torch.rand(2, 4, 8, 16)
+    left_over: list[torch.Tensor] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        left_over.append(x)
+        return x.sum()
+
+    torch.func.grad(keep)(x)
+    strange = [torch._neg_view(x), torch._efficientzerotensor((2, 4, 8, 16)), *left_over]
+    assert {type(tensor) for tensor in strange} == {torch.Tensor}
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            ours(x)
+            dispatched.clear()
+            for tensor in strange:
+                close(ours(tensor), theirs(tensor))
+            weight = nn.Parameter(torch._neg_view(ours.weight.detach()))
+            close(op.conv2d(x, weight, padding=1), F.conv2d(x, weight, padding=1))
+            assert len(dispatched) == len(strange) + 1
+
+
+def test_what_changes_between_calls_of_the_same_sizes_is_noticed(used: list[str]) -> None:
+    theirs, ours = pair(**SERVED)
+    x = torch.rand(2, 4, 8, 16)
+    weight, bias = ours.weight, ours.bias
+    expected = theirs(x)
+
+    def runs(wanted: str | None, x: torch.Tensor = x, layer: nn.Module = ours) -> torch.Tensor:
+        used.clear()
+        y = layer(x)
+        assert used == ([wanted] if wanted else [])
+        assert (explain(x, ours)[:3] == wanted) == bool(wanted)
+        return y
+
+    for _ in range(2):  # the second time, every look-up finds what the first has left
+        assert torch.equal(runs(None), expected)
+        with dispatch.always("k06", "k05"):
+            torch.backends.cudnn.allow_tf32 = False
+            runs("k05")
+            torch.backends.cudnn.allow_tf32 = True
+            runs("k06")
+            with torch.backends.cudnn.flags(enabled=False):
+                runs("k05")
+            torch.backends.cudnn.conv.fp32_precision = "ieee"
+            runs("k05")
+            torch.backends.cudnn.conv.fp32_precision = "tf32"
+            runs("k06")
+            with dispatch.always("k05"):
+                close(runs("k05"), expected)
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    assert runs(None).dtype == torch.bfloat16
+                for other in (x.to(memory_format=torch.channels_last), x.mT.contiguous().mT):
+                    assert torch.equal(runs(None, other), theirs(other))
+                assert type(runs(None, x.as_subclass(Tagged))) is Tagged
+                used.clear()
+                with pytest.raises(RuntimeError):  # PyTorch refuses several dtypes
+                    ours(x.double())
+                double = x.double(), weight.double(), bias.double()
+                assert op.conv2d(*double, padding=1).dtype == torch.float64
+                weight.data = weight.data.to(memory_format=torch.channels_last)
+                assert torch.equal(ours(x), F.conv2d(x, weight, bias, padding=1))
+                weight.data = weight.data.contiguous()
+                assert outcome(lambda: op.conv2d(x, weight, bias[:5], padding=1)) is RuntimeError
+                for wrong in (dict(stride=(1.0, 1.0)), dict(dilation=1.0), dict(groups=1.0)):
+                    wanted = outcome(lambda o=wrong: F.conv2d(x, weight, bias, padding=1, **o))
+                    got = outcome(lambda o=wrong: op.conv2d(x, weight, bias, padding=1, **o))
+                    assert got is wanted is TypeError
+                assert not used
+                with torch.no_grad():
+                    assert not runs("k05").requires_grad
+                assert runs("k05").requires_grad
+                ours.requires_grad_(False)
+                assert not runs("k05").requires_grad
+                assert runs("k05", x.clone().requires_grad_()).requires_grad
+                ours.requires_grad_(True)
+
+
+def test_an_inference_tensor_cannot_be_trained_on(by_k05: None) -> None:
+    theirs, ours = pair(**SERVED)
+    with torch.inference_mode():
+        x = torch.rand(2, 4, 8, 16)
+    assert outcome(lambda: ours(x)) is outcome(lambda: theirs(x)) is RuntimeError
+    with torch.no_grad():
+        close(ours(x), theirs(x))
+
+
+def test_plans_hold_no_tensors(by_k05: None) -> None:
+    _, ours = pair(**SERVED)
+    x = torch.rand(2, 4, 8, 16)
+    y = ours(x)
+    gone = [weakref.ref(t) for t in (x, y, ours.weight)]
+    del x, y, ours
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
 
 
 # --- convert --------------------------------------------------------------------------------------
