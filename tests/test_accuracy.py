@@ -190,9 +190,18 @@ def test_the_figures_say_what_the_record_has() -> None:
     grown = {name: errors[2048] / errors[8] for name, errors in of.growth.items()}
     text = plots.svg(plots.growth(of))
     assert "Models of rounding on a CPU, no GPU's numbers" in text
-    assert (
-        f"{max(grown, key=grown.get)} grows {plots.significant(max(grown.values()))} times" in text
-    )
+    most = max(grown, key=grown.__getitem__)
+    assert f"the error of “{most}” grows {plots.significant(grown[most])} times" in text
+
+
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [(4e-7, "grows 4.00 times"), (1.02e-7, "stays where it was"), (8e-8, "falls to 80%")],
+)
+def test_the_title_says_what_became_of_an_error(last: float, words: str) -> None:
+    of = replace(accuracy.load(), growth={"a": {8: 1e-7, 16: last}, "b": {8: 1e-7, 16: 1.9 * last}})
+    title = plots.growth(of).texts[0].get_text() + " " + plots.growth(of).texts[1].get_text()
+    assert f"that of “a” {words}" in title
 
 
 def test_the_command_needs_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from asymconv.plots.page import (
     draw_ticks,
     milliseconds,
     page,
+    place_labels,
     readable,
     record_print,
     significant,
@@ -125,6 +126,13 @@ def _kind(method: Errors) -> str:
     return "model" if method.kind == "model" else method.where
 
 
+def _change(ratio: float) -> str:
+    """What became of a number: its last value over its first one, in words."""
+    if abs(ratio - 1) < 0.1:
+        return "stays where it was"
+    return f"grows {significant(ratio)} times" if ratio > 1 else f"falls to {ratio:.0%}"
+
+
 def growth(of: Accuracy) -> Figure:
     """Errors of models by the number of input channels, on logarithmic axes."""
     channels = sorted(next(iter(of.growth.values())))
@@ -132,8 +140,8 @@ def growth(of: Accuracy) -> Figure:
     grown = {name: errors[last] / errors[first] for name, errors in of.growth.items()}
     worst_, least = max(grown, key=grown.__getitem__), min(grown, key=grown.__getitem__)
     title = (
-        f"From {first} to {last} channels the error of {worst_} grows "
-        f"{significant(grown[worst_])} times, of {least} {significant(grown[least])} times"
+        f"From {first} to {last} channels the error of “{worst_}” {_change(grown[worst_])}, "
+        f"that of “{least}” {_change(grown[least])}"
     )
     subtitle = (
         "Models of rounding on a CPU, no GPU's numbers; dashed: growth with the root of the number "
@@ -162,7 +170,10 @@ def growth(of: Accuracy) -> Figure:
             errors = of.growth[name]
             ink = LINES[list(of.growth).index(name) % len(LINES)]
             axes.plot(channels, [errors[c] for c in channels], color=ink, linewidth=1.8, zorder=3)
-            write_note(axes, last * 1.1, 10**place, name, dx=6, dy=-3, color=ink, fontweight="bold")
+            label_x, at = last * 1.3, 10**place
+            leader = {"color": SOFT, "linewidth": 0.6, "zorder": 1, "clip_on": False}
+            axes.plot([last, label_x], [errors[last], at], **leader)
+            write_note(axes, label_x, at, name, dx=3, dy=-3, color=ink, fontweight="bold")
         if "fp32" in of.growth:
             start = of.growth["fp32"][first]
             root = [start * math.sqrt(c / first) for c in channels]
@@ -203,9 +214,10 @@ def error_and_time(record: Record, source: str = records.LADDER.name) -> Figure:
     title = "Fastest " + "; ".join(parts)
     subtitle = "Error against float64 over the time of one forward pass; less of both is better."
     height, left = 300.0, 74.0
+    width = WIDTH - left - MARGIN - 60
     with style():
         figure, bottom, _top = page(height + 66, title, subtitle, record_print(record, source))
-        axes = axes_at(figure, left, bottom + 42, WIDTH - left - MARGIN - 60, height)
+        axes = axes_at(figure, left, bottom + 42, width, height)
         axes.set_xscale("log")
         axes.set_yscale("log")
         times, errors = [t.median for t in methods], [t.error for t in methods]
@@ -224,40 +236,47 @@ def error_and_time(record: Record, source: str = records.LADDER.name) -> Figure:
         write_note(axes, floor, centre, text, dx=5, color=colour("memory floor"))
         for timing in methods:
             draw_point(axes, timing.median, timing.error, timing.name)
-        _label_points(axes, methods, WIDTH - left - MARGIN - 60)
+        _label_points(axes, methods, (floor, centre, text), (width, height))
         low, high = axes.get_xlim()
         middle, foot = math.sqrt(low * high), axes.get_ylim()[0]
-        text = "time, milliseconds, logarithmic"
+        text = "time of one forward pass, logarithmic"
         write_note(axes, middle, foot, text, dy=-29, ha="center", color=SOFT)
         write_note(axes, low, axes.get_ylim()[1], "‖y − ref‖ / ‖ref‖", dx=-60, dy=6, color=SOFT)
     return figure
 
 
-def _label_points(axes: Axes, methods: Sequence[Timing], width: float) -> None:
-    """Names of methods above or below their points, each at the first height where it is free.
+def _label_points(
+    axes: Axes,
+    methods: Sequence[Timing],
+    floor: tuple[float, float, str],
+    size: tuple[float, float],
+) -> None:
+    """Names of methods beside their points.
 
-    width: of the axes, in points.
+    Args:
+        axes: of time and error, logarithmic.
+        methods: whose points are drawn.
+        floor: the memory floor's time, and the height and text of the note beside its line.
+        size: width and height of the axes, in points.
     """
-    low, high = axes.get_xlim()
-    middle = math.sqrt(axes.get_ylim()[0] * axes.get_ylim()[1])
-    for upper in (True, False):
-        taken: dict[int, list[tuple[float, float]]] = {}  # by height: from, to, in points
-        row = sorted((t for t in methods if (t.error > middle) == upper), key=lambda t: t.median)
-        for timing in row:
-            name = short_name(timing.name)
-            x = width * math.log(timing.median / low) / math.log(high / low)
-            half = 2.9 * len(name) + 4
-            level = next(
-                level
-                for level in (1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, *range(7, 99))
-                if all(x + half < a or b < x - half for a, b in taken.get(level, ()))
-            )
-            taken.setdefault(level, []).append((x - half, x + half))
-            dy = 13 * level - 1 if level > 0 else 13 * level - 5
-            if abs(level) > 1:
-                line = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.6}
-                at = (timing.median, timing.error)
-                axes.annotate(
-                    "", at, (0, dy), textcoords="offset points", arrowprops=line, zorder=1
-                )
-            write_note(axes, timing.median, timing.error, name, dy=dy, ha="center", backed=True)
+    lows, highs = zip(axes.get_xlim(), axes.get_ylim(), strict=True)
+
+    def place(*at: float) -> tuple[float, ...]:
+        """Points from the lower left corner."""
+        return tuple(
+            points * math.log(value / low) / math.log(high / low)
+            for value, low, high, points in zip(at, lows, highs, size, strict=True)
+        )
+
+    x, y = place(*floor[:2])
+    taken = [(x - 2, 0, x + 2, size[1]), (x, y - 3, x + 7 + 5.4 * len(floor[2]), y + 10)]
+    points = [place(timing.median, timing.error) for timing in methods]
+    names = [short_name(timing.name) for timing in methods]
+    places = place_labels(points, names, taken, (0, 0, size[0] + 60, size[1]))
+    for timing, name, point, label in zip(methods, names, points, places, strict=True):
+        dx, dy = label[0] - point[0], label[1] - point[1]
+        at = (timing.median, timing.error)
+        if abs(dy) > 16:  # not beside its point
+            line = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.6}
+            axes.annotate("", at, (0, dy), textcoords="offset points", arrowprops=line, zorder=1)
+        write_note(axes, *at, name, dx=dx, dy=dy, backed=True)
