@@ -7,7 +7,6 @@ machine that computes alike, so a record may hold what a CPU computed; it says w
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -334,10 +333,9 @@ def load(path: Path = RECORD) -> Accuracy:
     if not path.exists():
         raise FileNotFoundError(f"no record {path}: it is made by `asymconv accuracy --record`")
     data = json.loads(path.read_text())
-    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in data["shape"].items()}
     growth = {m: {int(c): e for c, e in of.items()} for m, of in data["growth"].items()}
     errors = tuple(Errors(**e) for e in data["errors"])
-    return Accuracy(data["made"], ConvShape(**sizes), errors, growth, data["ranges"])
+    return Accuracy(data["made"], ConvShape(**data["shape"]), errors, growth, data["ranges"])
 
 
 def histogram(difference: torch.Tensor, ref: torch.Tensor) -> dict[str, int]:
@@ -402,7 +400,7 @@ def measure(device: str = "cpu", say: Callable[[str], object] = lambda line: Non
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "torch": torch.__version__,
         "revision": record.revision(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": record.now(),
     }
     x, weight, _ = random_data(SHAPE, seed=SEED)
     ref = reference(x, weight, None, SHAPE)

@@ -334,11 +334,8 @@ def load(path: Path = RECORD) -> dict[str, Measured]:
     for name, measured in data["series"].items():
         rows = []
         for row in measured["rows"]:
-            sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in row["shape"].items()}
-            timings = tuple(
-                Timing(**t | {"milliseconds": tuple(t["milliseconds"])}) for t in row["timings"]
-            )
-            rows.append(Row(ConvShape(**sizes), timings, row["left_out"]))
+            timings = tuple(records.read_timing(timing) for timing in row["timings"])
+            rows.append(Row(ConvShape(**row["shape"]), timings, row["left_out"]))
         record[name] = Measured(measured["made"], tuple(rows))
     return record
 

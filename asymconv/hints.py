@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from asymconv.asymmetry import Asymmetry, Measured, Series, get_series, spread
 from asymconv.problem import CONTRACT
 from asymconv.profiler import Profile
-from asymconv.record import Record, short_name
+from asymconv.record import Record, short_name, significant
 
 NOTICED = 1.05
 """From a gain of so many times on an idea is worth its lines."""
@@ -61,8 +61,8 @@ def _claim(true: bool) -> str:
 
 def _times(gain: float) -> str:
     if gain >= 1:
-        return f"{gain:.3g} times faster"
-    return f"{1 / gain:.3g} times slower"
+        return f"{significant(gain)} times faster"
+    return f"{significant(1 / gain)} times slower"
 
 
 def _rung(idea: str, ladder: Record, without: str, with_: str, what: str) -> Answer:

@@ -131,8 +131,8 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
 
 def test_the_tables_numbers(sample: record.Record) -> None:
     rows = {row[0]: row for row in tables.ladder_rows(sample)}
-    assert rows["k07_hopper_ring"][2:] == ("2", "2", "50 %", "1.0e-07", "0.00")
-    assert rows["k01_block_per_output"][2:] == ("400", "0.01", "0.25 %", "1.0e-07", "0.00")
+    assert rows["k07_hopper_ring"][2:] == ("2.00", "2.00", "50 %", "1.0e-07", "0.00")
+    assert rows["k01_block_per_output"][2:] == ("400", "0.0100", "0.25 %", "1.0e-07", "0.00")
 
 
 def test_a_readme_without_markers_is_refused(sample: record.Record) -> None:

@@ -24,19 +24,21 @@ from asymconv.plots.page import (
     colour,
     decades,
     draw_box,
+    draw_leader,
     draw_point,
     draw_ticks,
     milliseconds,
     page,
     place_labels,
+    power_labels,
     readable,
     record_print,
-    significant,
     spread_apart,
     style,
+    time_labels,
     write_note,
 )
-from asymconv.record import Record, short_name
+from asymconv.record import Record, short_name, significant
 
 
 def _exact(of: Accuracy) -> list[str]:
@@ -158,8 +160,7 @@ def growth(of: Accuracy) -> Figure:
         axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
         draw_ticks(axes, "x", channels, [str(c) for c in channels])
         ticks = decades(*axes.get_ylim())
-        labels = [f"1e{round(math.log10(tick))}".replace("-", "−") for tick in ticks]
-        draw_ticks(axes, "y", ticks, labels)
+        draw_ticks(axes, "y", ticks, power_labels(ticks))
         for tick in ticks:
             axes.axhline(tick, color=FAINT, linewidth=0.7, zorder=0)
         ends = {name: math.log10(errors[last]) for name, errors in of.growth.items()}
@@ -171,8 +172,7 @@ def growth(of: Accuracy) -> Figure:
             ink = LINES[list(of.growth).index(name) % len(LINES)]
             axes.plot(channels, [errors[c] for c in channels], color=ink, linewidth=1.8, zorder=3)
             label_x, at = last * 1.3, 10**place
-            leader = {"color": SOFT, "linewidth": 0.6, "zorder": 1, "clip_on": False}
-            axes.plot([last, label_x], [errors[last], at], **leader)
+            draw_leader(axes, (last, errors[last]), (label_x, at))
             write_note(axes, label_x, at, name, dx=3, dy=-3, color=ink, fontweight="bold")
         if "fp32" in of.growth:
             start = of.growth["fp32"][first]
@@ -224,10 +224,9 @@ def error_and_time(record: Record, source: str = records.LADDER.name) -> Figure:
         axes.set_xlim(0.8 * floor, 1.6 * max(times))
         axes.set_ylim(min(errors) / 4, max(errors) * 8)
         ticks = decades(*axes.get_xlim())
-        draw_ticks(axes, "x", ticks, [f"{t / 1e3:g} s" if t >= 1e3 else f"{t:g} ms" for t in ticks])
+        draw_ticks(axes, "x", ticks, time_labels(ticks))
         ticks = decades(*axes.get_ylim())
-        labels = [f"1e{round(math.log10(tick))}".replace("-", "−") for tick in ticks]
-        draw_ticks(axes, "y", ticks, labels)
+        draw_ticks(axes, "y", ticks, power_labels(ticks))
         for tick in ticks:
             axes.axhline(tick, color=FAINT, linewidth=0.7, zorder=0)
         axes.axvline(floor, color=colour("memory floor"), linewidth=1.6, zorder=2)

@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
 from asymconv.measure import Timing
-from asymconv.record import Record, short_name
+from asymconv.record import Record, short_name, significant
 
 # --- one colour and one marker a method ----------------------------------------------------------
 
@@ -93,14 +93,6 @@ def marker(name: str) -> str | tuple[int, int, int]:
 
 
 # --- numbers as text -----------------------------------------------------------------------------
-
-
-def significant(value: float) -> str:
-    """A positive number with three significant digits, or all digits before the point."""
-    if value <= 0:
-        return f"{value:g}"
-    rounded = float(f"{value:.2e}")  # 9.999 is 10.0, not 10.00
-    return f"{value:.{max(0, 2 - math.floor(math.log10(rounded)))}f}"
 
 
 def milliseconds(value: float) -> str:
@@ -275,6 +267,22 @@ def decades(low: float, high: float) -> list[float]:
     """The powers of ten from low to high."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     return [10.0**n for n in range(first, last + 1)]
+
+
+def time_labels(ticks: Sequence[float]) -> list[str]:
+    """Ticks in ms as an axis has them: ``1 ms``, ``1 s``."""
+    return [f"{tick / 1e3:g} s" if tick >= 1e3 else f"{tick:g} ms" for tick in ticks]
+
+
+def power_labels(ticks: Sequence[float]) -> list[str]:
+    """Powers of ten as an axis has them: ``1e−7``."""
+    return [f"1e{round(math.log10(tick))}".replace("-", "−") for tick in ticks]
+
+
+def draw_leader(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """A thin line from a point to its label, in data coordinates, behind all else."""
+    xs, ys = zip(start, end, strict=True)
+    axes.plot(xs, ys, color=SOFT, linewidth=0.6, zorder=1, clip_on=False)
 
 
 def draw_point(axes: Axes, x: float, y: float, name: str, hollow: bool = False) -> None:

@@ -20,18 +20,19 @@ from asymconv.plots.page import (
     axes_at,
     colour,
     decades,
+    draw_leader,
     draw_point,
     draw_ticks,
     milliseconds,
     page,
     readable,
     record_print,
-    significant,
     spread_apart,
     style,
+    time_labels,
     write_note,
 )
-from asymconv.record import Record, short_name
+from asymconv.record import Record, short_name, significant
 
 
 def fastest_rung(record: Record) -> Timing:
@@ -94,7 +95,7 @@ def ladder(record: Record, source: str = records.LADDER.name) -> Figure:
         axes.set_xlim(low, high * (high / low) ** 0.17)  # room for the slowest one's label
         axes.set_ylim(last + 0.5, -0.5)
         ticks = decades(*axes.get_xlim())
-        draw_ticks(axes, "x", ticks, [f"{t / 1e3:g} s" if t >= 1e3 else f"{t:g} ms" for t in ticks])
+        draw_ticks(axes, "x", ticks, time_labels(ticks))
         axes.yaxis.set_major_locator(NullLocator())
         axes.spines["left"].set_visible(False)
         for tick in ticks:
@@ -208,8 +209,7 @@ def roofline(
         for (timing, x, counted), place in zip(points, places, strict=True):
             rate, at = timing.tflops, low_y * math.exp(place * per_point)
             draw_point(axes, x, rate, timing.name, hollow=bool(counters) and not counted)
-            leader = {"color": SOFT, "linewidth": 0.6, "zorder": 1, "clip_on": False}
-            axes.plot([x, label_x], [rate, at], **leader)
+            draw_leader(axes, (x, rate), (label_x, at))
             text = f"{readable(timing.name)}  {significant(rate)}"
             weight = "bold" if timing.kind == "rung" else "normal"
             write_note(axes, label_x, at, text, dx=3, dy=-3, fontweight=weight)

@@ -25,6 +25,7 @@ from asymconv.plots.page import (
     canvas,
     colour,
     draw_box,
+    draw_leader,
     draw_point,
     draw_ticks,
     milliseconds,
@@ -32,12 +33,11 @@ from asymconv.plots.page import (
     provenance,
     record_print,
     repeats_of,
-    significant,
     spread_apart,
     style,
     write_note,
 )
-from asymconv.record import Record, short_name
+from asymconv.record import Record, short_name, significant
 
 # --- the shapes of a tile ------------------------------------------------------------------------
 
@@ -241,7 +241,7 @@ def series(measured: Measured, series: Series, source: str = experiments.RECORD.
         label_x = axes.get_xlim()[1] + 0.01 * len(places)  # beyond the lines of ticks
         for (name, (x, v)), place in zip(ends.items(), label_places, strict=True):
             at = low * math.exp(place * per_point)
-            axes.plot([x, label_x], [v, at], color=SOFT, linewidth=0.6, zorder=1, clip_on=False)
+            draw_leader(axes, (x, v), (label_x, at))
             weight = "bold" if name.startswith("k") else "normal"
             text = f"{name}  {significant(v)}"
             write_note(axes, label_x, at, text, dx=3, dy=-3, fontweight=weight, color=INK)
