@@ -61,24 +61,27 @@ def _models(of: Accuracy) -> list[str]:
     ]
 
 
-SPREAD = ("bf16", "TF32, cut off", "TF32", "fp16", "k06", "k07", "fp32", "k05", "k08")
-"""Whose errors figures/errors.svg shows."""
+SPREAD = (
+    *("bf16", "TF32, cut off", "TF32", "fp16", "k06", "k07", "fp32", "k05"),
+    *("hi + lo, F(2, 3)", "k08"),
+)
+"""Whose errors figures/errors.svg shows, where the record has them: models may be younger."""
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def histograms(of: Accuracy, names: Sequence[str] = SPREAD) -> Figure:
+def histograms(of: Accuracy, names: Sequence[str] | None = None) -> Figure:
     """How the errors of methods are spread over powers of two, a row each.
 
     Args:
         of: a record of errors.
-        names: of its methods, from top to bottom; rungs by number or name. The title compares the
-            last with the coarsest rung.
+        names: of its methods, from top to bottom; rungs by number or name; those of `SPREAD` that
+            it has unless told. The title compares the last with the coarsest rung.
 
     Raises:
         KeyError: a method is not in the record.
     """
-    chosen = [of[name] for name in names]
+    chosen = [of[name] for name in names or [name for name in SPREAD if name in of]]
     exponents = [int(e) for m in chosen for e in m.counts if e != accuracy.EXACT]
     low, high = max(min(exponents), -32), max(exponents) + 1
     rungs = [m for m in chosen if m.kind == "rung"] or chosen
@@ -136,7 +139,7 @@ def _change(ratio: float) -> str:
 
 
 def growth(of: Accuracy) -> Figure:
-    """Errors of models by the number of input channels, on logarithmic axes."""
+    """Errors of models by the number of input channels, and k08's, on logarithmic axes."""
     channels = sorted(next(iter(of.growth.values())))
     first, last = channels[0], channels[-1]
     grown = {name: errors[last] / errors[first] for name, errors in of.growth.items()}
@@ -145,13 +148,13 @@ def growth(of: Accuracy) -> Figure:
         f"From {first} to {last} channels the error of “{worst_}” {_change(grown[worst_])}, "
         f"that of “{least}” {_change(grown[least])}"
     )
-    subtitle = (
-        "Models of rounding on a CPU, no GPU's numbers; dashed: growth with the root of the number "
-        "of terms."
-    )
+    subtitle = "Lines are models of rounding on a CPU; dashed: growth with the root of the number of terms."
+    small_print = _models(of)
+    if "k08" in of:
+        small_print.insert(1, f"k08: measured on {of['k08'].where}, {of.shape}")
     height, left = 300.0, 74.0
     with style():
-        figure, bottom, _top = page(height + 60, title, subtitle, _models(of))
+        figure, bottom, _top = page(height + 60, title, subtitle, small_print)
         axes = axes_at(figure, left, bottom + 42, WIDTH - left - MARGIN - 150, height)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -178,6 +181,10 @@ def growth(of: Accuracy) -> Figure:
             start = of.growth["fp32"][first]
             root = [start * math.sqrt(c / first) for c in channels]
             axes.plot(channels, root, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
+        if "k08" in of:
+            at = of.shape.in_channels, of["k08"].error
+            draw_point(axes, *at, "k08")
+            write_note(axes, *at, "k08", dx=8, dy=-9, fontweight="bold")
         middle = math.sqrt(first * last)
         note = {"ha": "center", "color": SOFT}
         write_note(axes, middle, axes.get_ylim()[0], "input channels", dy=-29, **note)
@@ -187,7 +194,10 @@ def growth(of: Accuracy) -> Figure:
     return figure
 
 
-LINES = ("#661100", "#E06000", "#B8860B", "#1965B0", "#009E73", "#555555", "#CC3377", "#4B0082")
+LINES = (
+    *("#661100", "#E06000", "#B8860B", "#1965B0", "#009E73", "#555555", "#CC3377", "#4B0082"),
+    "#4499CC",
+)
 """For models, which are nowhere else: told apart by their labels."""
 
 
