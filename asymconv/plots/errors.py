@@ -148,7 +148,7 @@ def growth(of: Accuracy) -> Figure:
         f"From {first} to {last} channels the error of “{worst_}” {_change(grown[worst_])}, "
         f"that of “{least}” {_change(grown[least])}"
     )
-    subtitle = "Lines are models of rounding on a CPU; dashed: growth with the root of the number of terms."
+    subtitle = "Lines are models of rounding on a CPU; dashed: growth with the root of the terms."
     small_print = _models(of)
     if "k08" in of:
         small_print.insert(1, f"k08: measured on {of['k08'].where}, {of.shape}")
