@@ -7,7 +7,6 @@ machine that computes alike, so a record may hold what a CPU computed; it says w
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,6 +147,8 @@ class Model:
         sums: how products are added up.
         split: operands are hi + lo halves, three products for one, the small ones first.
         channels_at_once: of one chain of sums; the chains' sums are added in fp32. 0: all.
+        mixes_rows: rows, and a column's taps, are added in fp32 before they become operands:
+            Winograd's F(2, 3) down the rows, as k08 has it.
     """
 
     name: str
@@ -155,11 +156,42 @@ class Model:
     sums: Sums
     split: bool = False
     channels_at_once: int = 0
+    mixes_rows: bool = False
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, shape: ConvShape) -> torch.Tensor:
-        """(N, K, OH, OW) float64. x (N, C, H, W), weight (K, C, R, S), one group, no bias."""
+        """(N, K, OH, OW) float64. x (N, C, H, W), weight (K, C, R, S), one group, no bias.
+
+        Raises:
+            ValueError: several groups, or for `mixes_rows` other than three rows of taps that
+                follow each other.
+        """
         if shape.groups > 1:
             raise ValueError(f"models have one group ({shape})")
+        if self.mixes_rows:
+            return self._down_rows(x, weight, shape)
+        return self._direct(x, weight, shape)
+
+    def _down_rows(self, x: torch.Tensor, weight: torch.Tensor, shape: ConvShape) -> torch.Tensor:
+        """Two output rows of four sums of products, of which each is a row of taps."""
+        if (shape.kernel[0], shape.stride[0], shape.dilation[0]) != (3, 1, 1):
+            raise ValueError(f"F(2, 3) is for 3 rows of taps, stride and dilation 1 ({shape})")
+        pairs, above = -(-shape.out_height // 2), shape.padding[0]
+        below = 2 * pairs + 2 - above - shape.height
+        x = torch.nn.functional.pad(x, (0, 0, above, below))
+        d0, d1, d2, d3 = (x[:, :, i : i + 2 * pairs - 1 : 2] for i in range(4))
+        g0, g1, g2 = weight.split(1, dim=2)
+        outer, inner = 0.5 * (g0 + g2), 0.5 * g1
+        one_row = shape.with_(
+            height=pairs,
+            kernel=(1, shape.kernel[1]),
+            padding=(0, shape.padding[1]),
+        )
+        sums = ((d0 - d2, g0), (d1 + d2, outer + inner), (d2 - d1, outer - inner), (d3 - d1, g2))
+        m0, m1, m2, m3 = (self._direct(rows, taps, one_row).float() for rows, taps in sums)
+        both = torch.stack((m0 + (m1 + m2), m3 + (m1 - m2)), dim=3).flatten(2, 3)
+        return both[:, :, : shape.out_height].double()
+
+    def _direct(self, x: torch.Tensor, weight: torch.Tensor, shape: ConvShape) -> torch.Tensor:
         if self.sums == "exact":
             return reference(self.operands(x), self.operands(weight), None, shape)
         step = self.channels_at_once or shape.in_channels
@@ -194,9 +226,10 @@ MODELS: tuple[Model, ...] = (
     Model("fp32", _as_it_is, "fp32"),
     Model("hi + lo, one chain", _as_it_is, "tensor cores", split=True),
     Model("hi + lo, chains of 32", _as_it_is, "tensor cores", split=True, channels_at_once=32),
+    Model("hi + lo, F(2, 3)", _as_it_is, "tensor cores", split=True, mixes_rows=True),
 )
-"""From coarse to fine. "exact": the operands alone are rounded. Sums are direct; those in chains of
-32 channels are what k08 had first, a warpgroup for 32."""
+"""From coarse to fine. "exact": the operands alone are rounded. Sums are direct but for the last,
+which is k08's way; those in chains of 32 channels are what k08 had first, a warpgroup for 32."""
 
 
 # --- inputs beyond fp16's range ------------------------------------------------------------------
@@ -319,6 +352,9 @@ class Accuracy:
                 return errors
         raise KeyError(f"no {name!r} here; there are {[e.name for e in self.errors]}")
 
+    def __contains__(self, name: str) -> bool:
+        return any(name in (e.name, record.short_name(e.name)) for e in self.errors)
+
     def save(self, path: Path) -> None:
         """Write the record; the file is whole or not there."""
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
@@ -334,10 +370,9 @@ def load(path: Path = RECORD) -> Accuracy:
     if not path.exists():
         raise FileNotFoundError(f"no record {path}: it is made by `asymconv accuracy --record`")
     data = json.loads(path.read_text())
-    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in data["shape"].items()}
     growth = {m: {int(c): e for c, e in of.items()} for m, of in data["growth"].items()}
     errors = tuple(Errors(**e) for e in data["errors"])
-    return Accuracy(data["made"], ConvShape(**sizes), errors, growth, data["ranges"])
+    return Accuracy(data["made"], ConvShape(**data["shape"]), errors, growth, data["ranges"])
 
 
 def histogram(difference: torch.Tensor, ref: torch.Tensor) -> dict[str, int]:
@@ -402,7 +437,7 @@ def measure(device: str = "cpu", say: Callable[[str], object] = lambda line: Non
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "torch": torch.__version__,
         "revision": record.revision(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": record.now(),
     }
     x, weight, _ = random_data(SHAPE, seed=SEED)
     ref = reference(x, weight, None, SHAPE)

@@ -114,7 +114,10 @@ def _for_columns(width: int) -> ConvShape:
 
 
 def oriented(rung: Rung) -> Sequence[Mapping[str, int]]:
-    """Constants that turn a rung's tile, or the way it walks: wide, square, high."""
+    """Constants that turn a rung's tile, or the way it walks: wide, square, high.
+
+    k05, k07 and k08 have none: their lanes and products lie along the row by construction.
+    """
     if rung.number == "k03":
         return ({"ALONG_HEIGHT": 0}, {"ALONG_HEIGHT": 1})
     if rung.number == "k04":
@@ -210,7 +213,9 @@ SERIES: tuple[Series, ...] = (
         "compiled",
         "Does torch.compile make it faster, at any aspect ratio?",
         "As for aspect.",
-        # a shape costs some 50 s: by inductor's log, 40 of them on Triton kernels that lose
+        # A shape costs some 50 s: by inductor's log, 40 of them on twelve Triton kernels that lose.
+        # Sizes are constants of their texts, so no shape finds them built; without them the search
+        # would be for cuDNN alone, which is nn.Conv2d again. Both ends and the middle, then.
         (ASPECTS[0], CONTRACT, ASPECTS[-1]),
         _size,
         peers=(PEERS[0], *COMPILED),
@@ -334,11 +339,8 @@ def load(path: Path = RECORD) -> dict[str, Measured]:
     for name, measured in data["series"].items():
         rows = []
         for row in measured["rows"]:
-            sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in row["shape"].items()}
-            timings = tuple(
-                Timing(**t | {"milliseconds": tuple(t["milliseconds"])}) for t in row["timings"]
-            )
-            rows.append(Row(ConvShape(**sizes), timings, row["left_out"]))
+            timings = tuple(records.read_timing(timing) for timing in row["timings"])
+            rows.append(Row(ConvShape(**row["shape"]), timings, row["left_out"]))
         record[name] = Measured(measured["made"], tuple(rows))
     return record
 

@@ -13,15 +13,12 @@ from dataclasses import dataclass
 from asymconv.asymmetry import Asymmetry, Measured, Series, get_series, spread
 from asymconv.problem import CONTRACT
 from asymconv.profiler import Profile
-from asymconv.record import Record, short_name
+from asymconv.record import Record, short_name, significant
 
 NOTICED = 1.05
 """From a gain of so many times on an idea is worth its lines."""
 
 NOT_YET = "not measured yet"
-
-NOT_MEASURED = "not measured"
-"""Of an idea that no series asks about."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +28,9 @@ class Answer:
     Attributes:
         idea: the seed's.
         verdict: of an idea "worth it", "not worth it" or "wrong" (slower); of a claim "right" or
-            "wrong"; `NOT_YET`, `NOT_MEASURED`.
-        number: what it was judged by; without one, what was done instead.
-        record: where that is from: a record, and its entries, or none.
+            "wrong"; `NOT_YET`.
+        number: what it was judged by.
+        record: where that is from: a record, and its entries.
     """
 
     idea: str
@@ -61,8 +58,8 @@ def _claim(true: bool) -> str:
 
 def _times(gain: float) -> str:
     if gain >= 1:
-        return f"{gain:.3g} times faster"
-    return f"{1 / gain:.3g} times slower"
+        return f"{significant(gain)} times faster"
+    return f"{significant(1 / gain)} times slower"
 
 
 def _rung(idea: str, ladder: Record, without: str, with_: str, what: str) -> Answer:
@@ -78,12 +75,13 @@ def _tile(variants: Record, height: int, width: int) -> float:
     raise KeyError(f"no k04 with a tile of {height} × {width} in {variants.title!r}")
 
 
-def _along(variants: Record, height: int) -> float:
-    """Median of k03 with its lanes along the height (1) or the width (0). Raises KeyError."""
-    for timing in variants.timings:
-        if timing.name.startswith("k03_") and timing.defines == {"ALONG_HEIGHT": height}:
-            return timing.median
-    raise KeyError(f"no k03 with ALONG_HEIGHT={height} in {variants.title!r}")
+def _k03(variants: Record, constant: str) -> dict[int, float]:
+    """Medians of k03 by the value of one constant, those that were measured."""
+    return {
+        timing.defines[constant]: timing.median
+        for timing in variants.timings
+        if timing.name.startswith("k03_") and set(timing.defines) == {constant}
+    }
 
 
 def _measured(
@@ -101,6 +99,18 @@ def _measured(
 
 def _not_yet(idea: str, series: str) -> Answer:
     return Answer(idea, NOT_YET, "", f"asymmetry: {series}")
+
+
+def _of_channels(variants: Record) -> Answer:
+    """Whether a turn of k03's loop over the input channels should take more than one."""
+    idea, source = "Unroll the loop over the input channels", "variants: k03"
+    times = _k03(variants, "UNROLL_CHANNELS")
+    if 1 not in times or len(times) < 2:
+        return Answer(idea, NOT_YET, "", source)
+    many = min((count for count in times if count > 1), key=times.__getitem__)
+    gain = times[1] / times[many]
+    number = f"k03, {many} channels in a turn of its loop, not one: {_times(gain)}"
+    return Answer(idea, verdict(gain), number, source)
 
 
 def from_the_ladder(ladder: Record, variants: Record, counters: Profile) -> Iterator[Answer]:
@@ -141,7 +151,8 @@ def from_the_ladder(ladder: Record, variants: Record, counters: Profile) -> Iter
         f"{blocks / CONTRACT.out_channels / 1e6:.2f} million",
         "ladder: k01, k02",
     )
-    gain = _along(variants, 1) / _along(variants, 0)
+    along = _k03(variants, "ALONG_HEIGHT")
+    gain = along[1] / along[0]
     yield Answer(
         "Give x, the width, the threads",
         verdict(gain),
@@ -174,6 +185,7 @@ def from_the_ladder(ladder: Record, variants: Record, counters: Profile) -> Iter
         f"{_times(ladder['nn.Conv2d'].median / k02)}",
         f"ladder: {short_name(best.name)}, nn.Conv2d",
     )
+    yield _of_channels(variants)
 
 
 _WIDTH = "Exploit that the width is twice the height"
@@ -196,14 +208,6 @@ def from_the_series(ladder: Record, asymmetry: Asymmetry | None) -> Iterator[Ans
         yield Answer(idea, verdict(gain), number, "asymmetry: unrolling")
     else:
         yield _not_yet(idea, "unrolling")
-
-    yield Answer(
-        "Unroll the loop over the input channels",
-        NOT_MEASURED,
-        "k04 and k05 keep it a loop, k07 unrolls its four steps of 16 channels, whose weights are "
-        "registers; none was timed both ways",
-        "none",
-    )
 
     idea = "Vectorized loads and stores"
     if found := _measured(asymmetry, "pitch", "k05", "k06"):

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -243,12 +242,8 @@ def load(path: Path = COUNTERS) -> Profile:
     if not path.exists():
         raise FileNotFoundError(f"no record {path}: it is made by `asymconv profile --record`")
     data = json.loads(path.read_text())
-    counters = tuple(Counters(**(c | {"shape": _shape(c["shape"])})) for c in data["counters"])
+    counters = tuple(Counters(**(c | {"shape": ConvShape(**c["shape"])})) for c in data["counters"])
     return Profile(data["made"], counters)
-
-
-def _shape(sizes: Mapping[str, Any]) -> ConvShape:
-    return ConvShape(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
 
 
 def _read(lines: str) -> dict[str, float]:
@@ -307,7 +302,7 @@ def profile(
 def _launch_once(arguments: Sequence[str]) -> None:
     """What ncu watches: one call of one rung, between the profiler's start and stop."""
     rung = get_rung(arguments[0])
-    shape = _shape(json.loads(arguments[1]))
+    shape = ConvShape(**json.loads(arguments[1]))
     kernel = build.load(rung, "cuda", defines=json.loads(arguments[2]))
     data = random_data(shape, "cuda")
     out = torch.empty(shape.output_shape, device="cuda")

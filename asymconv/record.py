@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import re
@@ -55,8 +56,13 @@ def environment() -> dict[str, str | int]:
         "nvcc": nvcc_version(),
         "python": platform.python_version(),
         "revision": revision(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": now(),
     }
+
+
+def now() -> str:
+    """The time as records have it: date, hours and minutes, UTC."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def revision() -> str:
@@ -89,6 +95,17 @@ def _output(*command: str) -> str:
 def short_name(name: str) -> str:
     """What figures and look-ups call a method: a rung by its number, others by their name."""
     return name.split("_", 1)[0] if re.match(r"k\d\d_", name) else name
+
+
+def significant(value: float) -> str:
+    """A positive number as tables and figures print it, without an exponent.
+
+    Three significant digits, or all before the point: 2112, 14.3, 2.00, 0.00210.
+    """
+    if value <= 0:
+        return f"{value:g}"
+    rounded = float(f"{value:.2e}")  # 9.999 is 10.0, not 10.00
+    return f"{value:.{max(0, 2 - math.floor(math.log10(rounded)))}f}"
 
 
 @dataclass(frozen=True)
@@ -183,11 +200,14 @@ def load(path: Path | None = None) -> Record:
     data = json.loads(path.read_text())
     if data.get("format") != FORMAT:
         raise ValueError(f"{path} has format {data.get('format')}, this version reads {FORMAT}")
-    timings = tuple(
-        Timing(**{**t, "milliseconds": tuple(t["milliseconds"])}) for t in data["timings"]
-    )
-    shape = {k: tuple(v) if isinstance(v, list) else v for k, v in data["shape"].items()}
-    return Record(data["title"], ConvShape(**shape), data["made"], timings, data["left_out"])
+    timings = tuple(read_timing(timing) for timing in data["timings"])
+    shape = ConvShape(**data["shape"])
+    return Record(data["title"], shape, data["made"], timings, data["left_out"])
+
+
+def read_timing(data: Mapping[str, Any]) -> Timing:
+    """A timing as JSON has it."""
+    return Timing(**data | {"milliseconds": tuple(data["milliseconds"])})
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -412,8 +412,9 @@ def proof(of: profiler.Profile, rung: Rung) -> Markdown:
 
 
 def variants(of: record.Record, rung: str, names: Sequence[str]) -> Markdown:
-    """Times of a rung with other tile constants, fastest first."""
-    timings_ = sorted((t for t in of.timings if t.name.startswith(rung)), key=lambda t: t.median)
+    """Times of a rung with other values of these constants, fastest first."""
+    its = (t for t in of.timings if t.name.startswith(rung) and set(names) <= set(t.defines))
+    timings_ = sorted(its, key=lambda t: t.median)
     rows = [(*(t.defines[n] for n in names), plots.significant(t.median)) for t in timings_]
     return table((*names, "median, ms"), rows)
 

@@ -13,18 +13,11 @@ from asymconv.comparison import OURS, THEIRS, Layers, Network, Row
 from asymconv.kernels import RUNGS
 from asymconv.measure import ALL_PEERS
 from asymconv.problem import ConvShape
-from asymconv.record import Record, short_name, write_atomically
+from asymconv.record import Record, short_name, significant, write_atomically
 
 BEGIN, END = "<!-- ladder:begin -->", "<!-- ladder:end -->"
 
 HEADERS = ("kernel", "idea", "ms", "× nn.Conv2d", "of the floor", "error", "GB")
-
-
-def _number(value: float) -> str:
-    """Three significant digits, no exponent: 2210, 14.3, 0.0021."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
 
 
 def ladder_rows(record: Record) -> Iterator[tuple[str, ...]]:
@@ -44,8 +37,8 @@ def ladder_rows(record: Record) -> Iterator[tuple[str, ...]]:
         yield (
             timing.name,
             ideas.get(timing.name, ""),
-            _number(timing.median),
-            _number(default / timing.median),
+            significant(timing.median),
+            significant(default / timing.median),
             f"{100 * floor / timing.median:.2g} %",
             f"{timing.error:.1e}",
             f"{timing.peak_bytes / 1e9:.2f}",
@@ -57,7 +50,7 @@ def caption(record: Record) -> str:
     floor = record["memory floor"].median
     return (
         f"{record.shape}, forward, medians on {record.gpu}, torch {record.made['torch']}; "
-        f"moving the bytes alone takes {_number(floor)} ms. "
+        f"moving the bytes alone takes {significant(floor)} ms. "
         "GB: peak memory beyond input and weights."
     )
 
@@ -99,7 +92,7 @@ def floor_rows(record: Record, shape: ConvShape | None = None) -> Iterator[tuple
         rate = record[f"matmul {name}"].tflops
         rows.append((f"all operations in {name}", shape.flops / rate / 1e9))
     for what, least in rows:
-        yield what, f"{least:.2f}" if least >= 0.1 else f"{least:.2g}"
+        yield what, significant(least)
 
 
 def floors_rich(record: Record, shape: ConvShape | None = None) -> Table:
@@ -150,7 +143,7 @@ def layer_rows(layers: Layers) -> Iterator[tuple[str, ...]]:
         cells = []
         for training in (False, True):
             if row := directions.get(training):
-                times = f"{_number(row.median(THEIRS))} → {_number(row.median(OURS))}"
+                times = f"{significant(row.median(THEIRS))} → {significant(row.median(OURS))}"
                 cells += [times, f"{row.ratio:.2f}"]
             else:
                 cells += ["", ""]
@@ -212,7 +205,7 @@ def asymmetry_rows(series: Series, measured: Measured) -> Iterator[tuple[str, ..
         ratios = relative.get(name, [None] * len(timings))
         cells = []
         for timing, ratio in zip(timings, ratios, strict=True):
-            text = "" if timing is None else _number(timing.median)
+            text = "" if timing is None else significant(timing.median)
             cells.append(text if ratio is None else f"{text} ({ratio:.2f})")
         yield name, *cells
 

@@ -85,7 +85,7 @@ def test_without_a_gpu_bench_says_what_is_known_of_a_layer() -> None:
     assert f"{shape.flops / 1e9:.4g} GFLOP" in result.output
     published = record.load(record.LADDER)
     ms = shape.flops / published["matmul fp32"].tflops / 1e9
-    assert f"all operations in fp32        │     {ms:.2f} │" in result.output
+    assert f"all operations in fp32        │ {record.significant(ms):>8} │" in result.output
     flowing = " ".join(result.output.replace("│", " ").split())  # however wide the terminal is
     for rung in RUNGS:
         assert f"{rung.name} {rung.refuses(shape) or 'yes'}" in flowing
@@ -175,7 +175,7 @@ def test_bench_of_a_layer_prints_floors_and_draws_the_roofline(
     assert "another layer" in result.output
     assert "ladder.json" not in result.output
     ms = shape.flops / record.load(record.LADDER)["matmul tf32"].tflops / 1e9
-    assert f"all operations in tf32        │     {ms:.2f} │" in result.output
+    assert f"all operations in tf32        │ {record.significant(ms):>8} │" in result.output
     assert "TF32 allowed: k07_hopper_ring" in result.output
     assert str(shape) in drawn.read_text()
 

@@ -624,7 +624,6 @@ HOPPER_CHECKED = (
     + ptx.MAX_NAN
     + ptx.HOPPER
     + ptx.BULK
-    + ptx.STMATRIX
     + ptx.MMA
     + "".join(text(columns) for columns in (24, 56) for text in (ptx.wgmma_f16, ptx.wgmma_f16_ra))
     + r"""
@@ -926,22 +925,6 @@ STORES(bulk_stores_overwritten, TOO_EARLY)
 STORES(bulk_stores_unheeded, NOT_WAITED)
 STORES(bulk_stores_unfenced, NOT_FENCED)
 STORES(bulk_stores_of_250_bytes, ODD_BYTES)
-
-// y: 16 x 16 halves twice, from fragments that hold lane * 8 + 2 * m and + 1
-__global__ void stored_matrices(const float* x, float* y) {
-  __shared__ __align__(16) __half tile[2][16][16];
-  const int lane = threadIdx.x;
-  unsigned fragment[4];
-  for (int m = 0; m < 4; ++m) {
-    const __half2 pair = __floats2half2_rn(lane * 8 + 2 * m, lane * 8 + 2 * m + 1);
-    memcpy(&fragment[m], &pair, 4);
-  }
-  stmatrix_x4(&tile[0][lane % 16][lane / 16 * 8], fragment);  // @stmatrix
-  stmatrix_x4_transposed(&tile[1][lane % 16][lane / 16 * 8], fragment);
-  __syncwarp();
-  for (int i = lane; i < 512; i += 32) y[i] = __half2float(tile[i / 256][i / 16 % 16][i % 16]);
-}
-LAUNCH(stored_matrices, 1, 32, 0)
 
 __global__ void small_twins(const float* x, float* y) {
   const int lane = threadIdx.x;
@@ -1640,18 +1623,6 @@ def test_bulk_stores_read_as_late_as_they_may(programs):
         run(traced, "bulk_stores_unfenced", racecheck=True)
     with pytest.raises(cpu.EmulationError, match="no multiple of 16 bytes"):
         run(program, "bulk_stores_of_250_bytes")
-
-
-def test_stmatrix_layout(programs):
-    program = programs(HOPPER_CHECKED)
-    y = run(program, "stored_matrices", trace=True, racecheck=True)[:512].view(2, 16, 16)
-    lane, pair = torch.arange(32)[:, None], torch.arange(2)
-    for m, (row, column) in enumerate([(0, 0), (8, 0), (0, 8), (8, 8)]):
-        part = (lane * 8 + 2 * m + pair).reshape(8, 8).float()
-        assert torch.equal(y[0, row : row + 8, column : column + 8], part)
-        assert torch.equal(y[1, row : row + 8, column : column + 8], part.T)
-    (count,) = (c for c in program.counts() if c.line == line_of(HOPPER_CHECKED, "stmatrix"))
-    assert (count.space, count.op, count.wavefronts) == ("shared", "store", 8)  # 2-way conflicts
 
 
 def test_small_twins_of_hopper(programs):

@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from samples import MADE, ceilings, measured_sample, timing, whole_ladder
 
 from asymconv import asymmetry, drawings, plots, record, tables
 from asymconv.kernels import RUNGS
-from asymconv.measure import ALL_PEERS
+from asymconv.measure import ALL_PEERS, Timing
+from asymconv.plots.page import spread_apart
 from asymconv.problem import CONTRACT
 from asymconv.study import ROOT
 
@@ -126,8 +131,8 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
 
 def test_the_tables_numbers(sample: record.Record) -> None:
     rows = {row[0]: row for row in tables.ladder_rows(sample)}
-    assert rows["k07_hopper_ring"][2:] == ("2", "2", "50 %", "1.0e-07", "0.00")
-    assert rows["k01_block_per_output"][2:] == ("400", "0.01", "0.25 %", "1.0e-07", "0.00")
+    assert rows["k07_hopper_ring"][2:] == ("2.00", "2.00", "50 %", "1.0e-07", "0.00")
+    assert rows["k01_block_per_output"][2:] == ("400", "0.0100", "0.25 %", "1.0e-07", "0.00")
 
 
 def test_a_readme_without_markers_is_refused(sample: record.Record) -> None:
@@ -211,6 +216,60 @@ def test_every_method_of_the_record_has_a_colour() -> None:
     for name in (*(rung.number for rung in RUNGS), *(peer.name for peer in ALL_PEERS)):
         assert plots.marker(name)
         assert plots.colour(name)
+
+
+def _texts_that_meet(figure: Figure) -> list[tuple[str, str]]:
+    """Pairs of texts that cover each other, and texts that leave the page, as Agg draws them."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    with plots.style():
+        figure.draw_without_rendering()
+        texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+        boxes = [(t.get_text(), Text.get_window_extent(t, renderer).padded(-1.0)) for t in texts]
+    page = figure.bbox
+    met = [
+        (a, b) for (a, one), (b, other) in itertools.combinations(boxes, 2) if one.overlaps(other)
+    ]
+    off = [
+        (text, "the edge")
+        for text, box in boxes
+        if box.x0 < page.x0 or box.x1 > page.x1 or box.y0 < page.y0 or box.y1 > page.y1
+    ]
+    return met + off
+
+
+@pytest.mark.parametrize("name", [*plots.FIGURES, *plots.figures_measured()])
+def test_no_text_covers_another(name: str) -> None:
+    assert not _texts_that_meet((plots.FIGURES | plots.figures_measured())[name]())
+
+
+@pytest.mark.parametrize("name", plots.LINED)
+def test_no_text_covers_another_in_other_series(name: str) -> None:
+    series = asymmetry.get_series(name)
+    assert not _texts_that_meet(plots.series(measured_sample(series), series))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_labels_find_a_place_wherever_points_are(seed: int) -> None:
+    """Times and errors moved by up to a half."""
+    at = random.Random(seed)
+    sample = whole_ladder()
+
+    def moved(one: Timing) -> Timing:
+        if one.kind == "ceiling":
+            return dataclasses.replace(one, error=None)
+        ms = one.median * at.uniform(0.7, 1.5)
+        error = (3e-4 if one.median < 5 else 4e-7) * at.uniform(0.7, 1.5)
+        return dataclasses.replace(one, milliseconds=(ms, ms, ms), error=error)
+
+    sample = dataclasses.replace(sample, timings=tuple(map(moved, sample.timings)))
+    for draw in (plots.error_and_time, plots.roofline, plots.ladder):
+        assert not _texts_that_meet(draw(sample))
+
+
+def test_places_stay_within_their_room() -> None:
+    assert spread_apart([1.0, 9.9, 10.0], 2.0, (0.0, 10.0)) == [1.0, 8.0, 10.0]
+    assert spread_apart([0.0, 0.1], 2.0, (0.0, 10.0)) == [0.0, 2.0]
+    assert spread_apart([5.0, 5.0], 2.0) == [4.0, 6.0]
 
 
 def test_the_layers_picture_shows_its_sizes() -> None:

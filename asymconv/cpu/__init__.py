@@ -3,8 +3,8 @@
 The same text that nvcc compiles is translated as little as g++ needs (`translate`), compiled to a
 shared library (`runtime_command`, `write_sources`, `commands`) and run (`Program`): one block at a
 time, every CUDA thread on a stack of its own, with barriers, warp shuffles, shared memory,
-cp.async, ldmatrix and mma.sync; and of Hopper mbarriers, named barriers, wgmma, bulk copies and
-stmatrix. Tensor maps and clusters are not there.
+cp.async, ldmatrix and mma.sync; and of Hopper mbarriers, named barriers, wgmma and bulk copies.
+Tensor maps and clusters are not there.
 
 - Shared memory holds NaN when a block begins. A barrier that not all threads reach, and every other
   fault, is an `EmulationError` that names kernel and block; the process and the library live on.

@@ -124,26 +124,6 @@ void load_matrices(std::uint32_t* fragment, int count, bool transposed, const vo
   }
 }
 
-void store_matrices(void* row, const std::uint32_t (&fragment)[4], bool transposed, int line) {
-  constexpr int kRowBytes = 16;
-  const uint3 t = self->index;
-  if (reinterpret_cast<std::uintptr_t>(row) % kRowBytes) {
-    fail("thread (%u, %u, %u): stmatrix to a row that is not 16-byte aligned, at line %d", t.x, t.y,
-         t.z, line);
-  }
-  if constexpr (EMU_TRACED) {
-    trace::wrapped_access(row, kRowBytes, trace::kStore, __builtin_return_address(0));
-  }
-  const Slot* all = exchange(kAllLanes, fragment, sizeof fragment, "stmatrix", line);
-  const int matrix = lane() / 8, r = lane() % 8;  // this lane's row
-  std::uint16_t own[8];
-  for (int column = 0; column < 8; ++column) {
-    const int i = transposed ? column : r, j = transposed ? r : column;
-    std::memcpy(&own[column], all[i * 4 + j / 2] + 4 * matrix + j % 2 * 2, sizeof own[column]);
-  }
-  std::memcpy(row, own, sizeof own);
-}
-
 void mma_m16n8k16_f16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
                       const float (&c)[4], int line) {
   const Matrices all = exchange_fragments(a, b, "mma.sync.m16n8k16", line);

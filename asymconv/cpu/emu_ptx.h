@@ -58,15 +58,6 @@ EMU_INLINE void ldmatrix(std::uint32_t (&fragment)[Count], const void* row,
   load_matrices(fragment, Count, Transposed, row, line);
 }
 
-void store_matrices(void* row, const std::uint32_t (&fragment)[4], bool transposed, int line);
-
-// stmatrix.sync.aligned.m8n8.x4{.trans}.shared.b16: the other way round.
-template <bool Transposed = false>
-EMU_INLINE void stmatrix(void* row, const std::uint32_t (&fragment)[4],
-                         int line = __builtin_LINE()) {
-  store_matrices(row, fragment, Transposed, line);
-}
-
 // D = A * B + C with fragments as the PTX ISA lays them out over the warp. The sum over k is made in
 // double and rounded once: the hardware's own order and width of accumulation are not documented.
 

@@ -17,6 +17,9 @@ What it predicts, on the contract's shape:
   the piece comes from device memory about once.
 - ALONG_HEIGHT=1 turns the lanes the other way, one row apart each: 32 lines, 32 wavefronts, for
   the same work: 33 in place of 2.67, 1.2 s. Nothing but the choice of an index.
+- UNROLL_CHANNELS says how many input channels a turn of the loop takes: one, as nvcc has it when
+  not told. More change no request, and L1 is the limit: nothing to gain. And they need more than
+  the 64 registers that 4 blocks of 256 threads leave a thread: nvcc moves some to local memory.
 
 What limits it now: L1 still, two requests for each product of a warp. k04 keeps a tile of the
 input in shared memory and uses each value it reads for several outputs.
@@ -58,6 +61,8 @@ __global__ void __launch_bounds__(THREADS, 4)
   const float* filter = w + (long long)k * channels * kernel_h * kernel_w;
 
   float sum = 0.0f;
+  constexpr int TURN = UNROLL_CHANNELS;  // the pragma takes no macro
+  #pragma unroll TURN
   for (int ci = 0; ci < channels; ++ci) {
     #pragma unroll
     for (int r = 0; r < kernel_h; ++r) {
@@ -107,6 +112,9 @@ RUNG = Rung(
     notebook="02_coalescing",
     source=SOURCE,
     refusal=refusal,
-    defines={"ALONG_HEIGHT": 0},
-    variants=({"ALONG_HEIGHT": 0}, {"ALONG_HEIGHT": 1}),
+    defines={"ALONG_HEIGHT": 0, "UNROLL_CHANNELS": 1},
+    variants=(
+        *({"ALONG_HEIGHT": along} for along in (0, 1)),
+        *({"UNROLL_CHANNELS": channels} for channels in (1, 2, 4)),
+    ),
 )

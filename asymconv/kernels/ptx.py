@@ -334,33 +334,6 @@ __device__ __forceinline__ void bulk_store_evict_first(void* global, unsigned sh
 }
 """
 
-STMATRIX = r"""
-// PTX ISA 9.7.14.5.16, stmatrix (sm_90): four 8x8 matrices of halves to shared memory, from the
-// registers that ldmatrix would fill. Lane 8 * m + r points at row r of matrix m, 16 bytes.
-__device__ __forceinline__ void stmatrix_x4(void* row, const unsigned (&d)[4]) {
-#ifdef __CUDACC__
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
-                   (unsigned)__cvta_generic_to_shared(row)),
-               "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
-               : "memory");
-#else
-  emu::stmatrix(row, d);
-#endif
-}
-
-// The same, each matrix transposed on the way.
-__device__ __forceinline__ void stmatrix_x4_transposed(void* row, const unsigned (&d)[4]) {
-#ifdef __CUDACC__
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
-                   (unsigned)__cvta_generic_to_shared(row)),
-               "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
-               : "memory");
-#else
-  emu::stmatrix<true>(row, d);
-#endif
-}
-"""
-
 
 def _wgmma_sums(columns: int) -> tuple[int, str, str]:
     """A thread's sums of 64 x columns: how many, their places in the text, their constraints."""

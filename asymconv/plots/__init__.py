@@ -26,12 +26,12 @@ from asymconv.plots.page import (
     canvas,
     colour,
     marker,
-    significant,
     style,
     svg,
 )
 from asymconv.plots.rungs import ladder, roofline
 from asymconv.plots.sweeps import LINED, series, tiles, writing
+from asymconv.record import significant
 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "ladder": lambda: ladder(records.load()),

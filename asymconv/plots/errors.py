@@ -24,18 +24,21 @@ from asymconv.plots.page import (
     colour,
     decades,
     draw_box,
+    draw_leader,
     draw_point,
     draw_ticks,
     milliseconds,
     page,
+    place_labels,
+    power_labels,
     readable,
     record_print,
-    significant,
     spread_apart,
     style,
+    time_labels,
     write_note,
 )
-from asymconv.record import Record, short_name
+from asymconv.record import Record, short_name, significant
 
 
 def _exact(of: Accuracy) -> list[str]:
@@ -58,24 +61,27 @@ def _models(of: Accuracy) -> list[str]:
     ]
 
 
-SPREAD = ("bf16", "TF32, cut off", "TF32", "fp16", "k06", "k07", "fp32", "k05", "k08")
-"""Whose errors figures/errors.svg shows."""
+SPREAD = (
+    *("bf16", "TF32, cut off", "TF32", "fp16", "k06", "k07", "fp32", "k05"),
+    *("hi + lo, F(2, 3)", "k08"),
+)
+"""Whose errors figures/errors.svg shows, where the record has them: models may be younger."""
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def histograms(of: Accuracy, names: Sequence[str] = SPREAD) -> Figure:
+def histograms(of: Accuracy, names: Sequence[str] | None = None) -> Figure:
     """How the errors of methods are spread over powers of two, a row each.
 
     Args:
         of: a record of errors.
-        names: of its methods, from top to bottom; rungs by number or name. The title compares the
-            last with the coarsest rung.
+        names: of its methods, from top to bottom; rungs by number or name; those of `SPREAD` that
+            it has unless told. The title compares the last with the coarsest rung.
 
     Raises:
         KeyError: a method is not in the record.
     """
-    chosen = [of[name] for name in names]
+    chosen = [of[name] for name in names or [name for name in SPREAD if name in of]]
     exponents = [int(e) for m in chosen for e in m.counts if e != accuracy.EXACT]
     low, high = max(min(exponents), -32), max(exponents) + 1
     rungs = [m for m in chosen if m.kind == "rung"] or chosen
@@ -125,23 +131,30 @@ def _kind(method: Errors) -> str:
     return "model" if method.kind == "model" else method.where
 
 
+def _change(ratio: float) -> str:
+    """What became of a number: its last value over its first one, in words."""
+    if abs(ratio - 1) < 0.1:
+        return "stays where it was"
+    return f"grows {significant(ratio)} times" if ratio > 1 else f"falls to {ratio:.0%}"
+
+
 def growth(of: Accuracy) -> Figure:
-    """Errors of models by the number of input channels, on logarithmic axes."""
+    """Errors of models by the number of input channels, and k08's, on logarithmic axes."""
     channels = sorted(next(iter(of.growth.values())))
     first, last = channels[0], channels[-1]
     grown = {name: errors[last] / errors[first] for name, errors in of.growth.items()}
     worst_, least = max(grown, key=grown.__getitem__), min(grown, key=grown.__getitem__)
     title = (
-        f"From {first} to {last} channels the error of {worst_} grows "
-        f"{significant(grown[worst_])} times, of {least} {significant(grown[least])} times"
+        f"From {first} to {last} channels the error of “{worst_}” {_change(grown[worst_])}, "
+        f"that of “{least}” {_change(grown[least])}"
     )
-    subtitle = (
-        "Models of rounding on a CPU, no GPU's numbers; dashed: growth with the root of the number "
-        "of terms."
-    )
+    subtitle = "Lines are models of rounding on a CPU; dashed: growth with the root of the terms."
+    small_print = _models(of)
+    if "k08" in of:
+        small_print.insert(1, f"k08: measured on {of['k08'].where}, {of.shape}")
     height, left = 300.0, 74.0
     with style():
-        figure, bottom, _top = page(height + 60, title, subtitle, _models(of))
+        figure, bottom, _top = page(height + 60, title, subtitle, small_print)
         axes = axes_at(figure, left, bottom + 42, WIDTH - left - MARGIN - 150, height)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -150,8 +163,7 @@ def growth(of: Accuracy) -> Figure:
         axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
         draw_ticks(axes, "x", channels, [str(c) for c in channels])
         ticks = decades(*axes.get_ylim())
-        labels = [f"1e{round(math.log10(tick))}".replace("-", "−") for tick in ticks]
-        draw_ticks(axes, "y", ticks, labels)
+        draw_ticks(axes, "y", ticks, power_labels(ticks))
         for tick in ticks:
             axes.axhline(tick, color=FAINT, linewidth=0.7, zorder=0)
         ends = {name: math.log10(errors[last]) for name, errors in of.growth.items()}
@@ -162,11 +174,17 @@ def growth(of: Accuracy) -> Figure:
             errors = of.growth[name]
             ink = LINES[list(of.growth).index(name) % len(LINES)]
             axes.plot(channels, [errors[c] for c in channels], color=ink, linewidth=1.8, zorder=3)
-            write_note(axes, last * 1.1, 10**place, name, dx=6, dy=-3, color=ink, fontweight="bold")
+            label_x, at = last * 1.3, 10**place
+            draw_leader(axes, (last, errors[last]), (label_x, at))
+            write_note(axes, label_x, at, name, dx=3, dy=-3, color=ink, fontweight="bold")
         if "fp32" in of.growth:
             start = of.growth["fp32"][first]
             root = [start * math.sqrt(c / first) for c in channels]
             axes.plot(channels, root, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
+        if "k08" in of:
+            at = of.shape.in_channels, of["k08"].error
+            draw_point(axes, *at, "k08")
+            write_note(axes, *at, "k08", dx=8, dy=-9, fontweight="bold")
         middle = math.sqrt(first * last)
         note = {"ha": "center", "color": SOFT}
         write_note(axes, middle, axes.get_ylim()[0], "input channels", dy=-29, **note)
@@ -176,7 +194,10 @@ def growth(of: Accuracy) -> Figure:
     return figure
 
 
-LINES = ("#661100", "#E06000", "#B8860B", "#1965B0", "#009E73", "#555555", "#CC3377", "#4B0082")
+LINES = (
+    *("#661100", "#E06000", "#B8860B", "#1965B0", "#009E73", "#555555", "#CC3377", "#4B0082"),
+    "#4499CC",
+)
 """For models, which are nowhere else: told apart by their labels."""
 
 
@@ -203,19 +224,19 @@ def error_and_time(record: Record, source: str = records.LADDER.name) -> Figure:
     title = "Fastest " + "; ".join(parts)
     subtitle = "Error against float64 over the time of one forward pass; less of both is better."
     height, left = 300.0, 74.0
+    width = WIDTH - left - MARGIN - 60
     with style():
         figure, bottom, _top = page(height + 66, title, subtitle, record_print(record, source))
-        axes = axes_at(figure, left, bottom + 42, WIDTH - left - MARGIN - 60, height)
+        axes = axes_at(figure, left, bottom + 42, width, height)
         axes.set_xscale("log")
         axes.set_yscale("log")
         times, errors = [t.median for t in methods], [t.error for t in methods]
         axes.set_xlim(0.8 * floor, 1.6 * max(times))
         axes.set_ylim(min(errors) / 4, max(errors) * 8)
         ticks = decades(*axes.get_xlim())
-        draw_ticks(axes, "x", ticks, [f"{t / 1e3:g} s" if t >= 1e3 else f"{t:g} ms" for t in ticks])
+        draw_ticks(axes, "x", ticks, time_labels(ticks))
         ticks = decades(*axes.get_ylim())
-        labels = [f"1e{round(math.log10(tick))}".replace("-", "−") for tick in ticks]
-        draw_ticks(axes, "y", ticks, labels)
+        draw_ticks(axes, "y", ticks, power_labels(ticks))
         for tick in ticks:
             axes.axhline(tick, color=FAINT, linewidth=0.7, zorder=0)
         axes.axvline(floor, color=colour("memory floor"), linewidth=1.6, zorder=2)
@@ -224,40 +245,47 @@ def error_and_time(record: Record, source: str = records.LADDER.name) -> Figure:
         write_note(axes, floor, centre, text, dx=5, color=colour("memory floor"))
         for timing in methods:
             draw_point(axes, timing.median, timing.error, timing.name)
-        _label_points(axes, methods, WIDTH - left - MARGIN - 60)
+        _label_points(axes, methods, (floor, centre, text), (width, height))
         low, high = axes.get_xlim()
         middle, foot = math.sqrt(low * high), axes.get_ylim()[0]
-        text = "time, milliseconds, logarithmic"
+        text = "time of one forward pass, logarithmic"
         write_note(axes, middle, foot, text, dy=-29, ha="center", color=SOFT)
         write_note(axes, low, axes.get_ylim()[1], "‖y − ref‖ / ‖ref‖", dx=-60, dy=6, color=SOFT)
     return figure
 
 
-def _label_points(axes: Axes, methods: Sequence[Timing], width: float) -> None:
-    """Names of methods above or below their points, each at the first height where it is free.
+def _label_points(
+    axes: Axes,
+    methods: Sequence[Timing],
+    floor: tuple[float, float, str],
+    size: tuple[float, float],
+) -> None:
+    """Names of methods beside their points.
 
-    width: of the axes, in points.
+    Args:
+        axes: of time and error, logarithmic.
+        methods: whose points are drawn.
+        floor: the memory floor's time, and the height and text of the note beside its line.
+        size: width and height of the axes, in points.
     """
-    low, high = axes.get_xlim()
-    middle = math.sqrt(axes.get_ylim()[0] * axes.get_ylim()[1])
-    for upper in (True, False):
-        taken: dict[int, list[tuple[float, float]]] = {}  # by height: from, to, in points
-        row = sorted((t for t in methods if (t.error > middle) == upper), key=lambda t: t.median)
-        for timing in row:
-            name = short_name(timing.name)
-            x = width * math.log(timing.median / low) / math.log(high / low)
-            half = 2.9 * len(name) + 4
-            level = next(
-                level
-                for level in (1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, *range(7, 99))
-                if all(x + half < a or b < x - half for a, b in taken.get(level, ()))
-            )
-            taken.setdefault(level, []).append((x - half, x + half))
-            dy = 13 * level - 1 if level > 0 else 13 * level - 5
-            if abs(level) > 1:
-                line = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.6}
-                at = (timing.median, timing.error)
-                axes.annotate(
-                    "", at, (0, dy), textcoords="offset points", arrowprops=line, zorder=1
-                )
-            write_note(axes, timing.median, timing.error, name, dy=dy, ha="center", backed=True)
+    lows, highs = zip(axes.get_xlim(), axes.get_ylim(), strict=True)
+
+    def place(*at: float) -> tuple[float, ...]:
+        """Points from the lower left corner."""
+        return tuple(
+            points * math.log(value / low) / math.log(high / low)
+            for value, low, high, points in zip(at, lows, highs, size, strict=True)
+        )
+
+    x, y = place(*floor[:2])
+    taken = [(x - 2, 0, x + 2, size[1]), (x, y - 3, x + 7 + 5.4 * len(floor[2]), y + 10)]
+    points = [place(timing.median, timing.error) for timing in methods]
+    names = [short_name(timing.name) for timing in methods]
+    places = place_labels(points, names, taken, (0, 0, size[0] + 60, size[1]))
+    for timing, name, point, label in zip(methods, names, points, places, strict=True):
+        dx, dy = label[0] - point[0], label[1] - point[1]
+        at = (timing.median, timing.error)
+        if abs(dy) > 16:  # not beside its point
+            line = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.6}
+            axes.annotate("", at, (0, dy), textcoords="offset points", arrowprops=line, zorder=1)
+        write_note(axes, *at, name, dx=dx, dy=dy, backed=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import math
 import re
 import textwrap
@@ -18,7 +19,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
 from asymconv.measure import Timing
-from asymconv.record import Record, short_name
+from asymconv.record import Record, short_name, significant
 
 # --- one colour and one marker a method ----------------------------------------------------------
 
@@ -92,14 +93,6 @@ def marker(name: str) -> str | tuple[int, int, int]:
 
 
 # --- numbers as text -----------------------------------------------------------------------------
-
-
-def significant(value: float) -> str:
-    """A positive number with three significant digits, or all digits before the point."""
-    if value <= 0:
-        return f"{value:g}"
-    rounded = float(f"{value:.2e}")  # 9.999 is 10.0, not 10.00
-    return f"{value:.{max(0, 2 - math.floor(math.log10(rounded)))}f}"
 
 
 def milliseconds(value: float) -> str:
@@ -276,6 +269,22 @@ def decades(low: float, high: float) -> list[float]:
     return [10.0**n for n in range(first, last + 1)]
 
 
+def time_labels(ticks: Sequence[float]) -> list[str]:
+    """Ticks in ms as an axis has them: ``1 ms``, ``1 s``."""
+    return [f"{tick / 1e3:g} s" if tick >= 1e3 else f"{tick:g} ms" for tick in ticks]
+
+
+def power_labels(ticks: Sequence[float]) -> list[str]:
+    """Powers of ten as an axis has them: ``1e−7``."""
+    return [f"1e{round(math.log10(tick))}".replace("-", "−") for tick in ticks]
+
+
+def draw_leader(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """A thin line from a point to its label, in data coordinates, behind all else."""
+    xs, ys = zip(start, end, strict=True)
+    axes.plot(xs, ys, color=SOFT, linewidth=0.6, zorder=1, clip_on=False)
+
+
 def draw_point(axes: Axes, x: float, y: float, name: str, hollow: bool = False) -> None:
     """A method's marker in its colour."""
     axes.plot(
@@ -317,17 +326,21 @@ def readable(name: str) -> str:
     return name if short_name(name) == name else name.replace("_", " ")
 
 
-def spread_apart(wanted: Sequence[float], least: float) -> list[float]:
+def spread_apart(
+    wanted: Sequence[float], least: float, within: tuple[float, float] = (-math.inf, math.inf)
+) -> list[float]:
     """Places as near to the wanted ones as keeps them `least` apart, in the same order.
 
-    Overlapping neighbours join into a block that is centred on the mean of what they wanted.
+    Overlapping neighbours join into a block that is centred on the mean of what they wanted. No
+    block leaves `within` unless it is longer; then it begins at the lower end.
     """
     order = sorted(range(len(wanted)), key=lambda i: (wanted[i], i))
     blocks: list[list[int]] = []
 
     def start(block: list[int]) -> float:
         centre = sum(wanted[i] for i in block) / len(block)
-        return centre - least * (len(block) - 1) / 2
+        length = least * (len(block) - 1)
+        return max(within[0], min(within[1] - length, centre - length / 2))
 
     for index in order:
         blocks.append([index])
@@ -341,6 +354,66 @@ def spread_apart(wanted: Sequence[float], least: float) -> list[float]:
         for position, index in enumerate(block):
             places[index] = start(block) + least * position
     return places
+
+
+Box = tuple[float, float, float, float]
+"""Left, bottom, right and top, in points."""
+
+
+def _meet(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def place_labels(
+    points: Sequence[tuple[float, float]], names: Sequence[str], taken: Sequence[Box], room: Box
+) -> list[tuple[float, float]]:
+    """Where to write names beside their points, so that neither texts nor leaders meet a text.
+
+    A name that has the width to itself is centred over its point, or under it. Those of a cluster
+    stand like flags, from the last point to the first: each begins at its point, on the first line
+    above or below that is free, so that no leader, a vertical line, crosses a flag to its right.
+
+    Args:
+        points: x and y of each.
+        names: a text of `SMALL_SIZE` each.
+        taken: boxes that no text may cover; points are kept free anyway.
+        room: that texts stay in.
+
+    Returns:
+        For each name the left end of its baseline. Where there is no place left, they overlap.
+    """
+    line = 1.45 * SMALL_SIZE
+    markers = [(x - 6, y - 6, x + 6, y + 6) for x, y in points]
+    texts: list[Box] = list(taken)
+    leaders: list[Box] = []
+    found: dict[int, tuple[float, float]] = {}
+    for index in sorted(range(len(points)), key=points.__getitem__, reverse=True):
+        (x, y), width = points[index], 0.6 * SMALL_SIZE * len(names[index])
+        others = [other for i, other in enumerate(points) if i != index]
+        cluster = [other[0] for other in others if abs(other[1] - y) < 4 * line]
+        alone = all(abs(other - x) > width / 2 + 6 for other in cluster)
+        starts = [x - width / 2] if alone else []
+        starts += [x + 2, x - 2 - width]
+        candidates = []
+        for level, start, up in itertools.product(range(12), starts, (True, False)):
+            near = y + 6 + line * level if up else y - 6 - line * level
+            text = (start, near, start + width, near + line)
+            if not up:
+                text = (start, near - line, start + width, near)
+            leader = (x - 0.5, min(y, near), x + 0.5, max(y, near)) if level else (x, y, x, y)
+            covers = sum(_meet(text, other) for other in (*texts, *markers))
+            crosses = sum(_meet(text, other) for other in leaders)
+            crosses += sum(_meet(leader, other) for other in texts)
+            inside = room[0] <= text[0] and text[2] <= room[2]
+            inside = inside and room[1] <= text[1] and text[3] <= room[3]
+            backwards = start == starts[-1]
+            cost = (covers + (not inside), crosses, backwards, level)
+            candidates.append((cost, text, leader))
+        _, text, leader = min(candidates, key=lambda candidate: candidate[0])
+        texts.append(text)
+        leaders.append(leader)
+        found[index] = text[0], text[1] + 0.3 * line
+    return [found[index] for index in range(len(points))]
 
 
 def draw_box(axes: Axes, x: float, y: float, width: float, height: float, **style: object) -> None:

@@ -20,18 +20,19 @@ from asymconv.plots.page import (
     axes_at,
     colour,
     decades,
+    draw_leader,
     draw_point,
     draw_ticks,
     milliseconds,
     page,
     readable,
     record_print,
-    significant,
     spread_apart,
     style,
+    time_labels,
     write_note,
 )
-from asymconv.record import Record, short_name
+from asymconv.record import Record, short_name, significant
 
 
 def fastest_rung(record: Record) -> Timing:
@@ -94,7 +95,7 @@ def ladder(record: Record, source: str = records.LADDER.name) -> Figure:
         axes.set_xlim(low, high * (high / low) ** 0.17)  # room for the slowest one's label
         axes.set_ylim(last + 0.5, -0.5)
         ticks = decades(*axes.get_xlim())
-        draw_ticks(axes, "x", ticks, [f"{t / 1e3:g} s" if t >= 1e3 else f"{t:g} ms" for t in ticks])
+        draw_ticks(axes, "x", ticks, time_labels(ticks))
         axes.yaxis.set_major_locator(NullLocator())
         axes.spines["left"].set_visible(False)
         for tick in ticks:
@@ -173,19 +174,13 @@ def roofline(
     with style():
         body = 330.0
         figure, bottom, _top = page(body + 22 + 42, title, subtitle, record_print(record, source))
-        left, width = 62.0, WIDTH - 62.0 - 2 * MARGIN
-        axes = axes_at(figure, left, bottom + 42, width, body)
-        low_x = 10.0 ** math.floor(math.log10(min(5.0, *(x for _, x, _ in points)) * 0.999))
-        low_x = max(low_x, min(5.0, *(0.7 * x for _, x, _ in points)))
-        high_x = max(1e4, 40 * max(x for _, x, _ in points))
+        left, right = 62.0, 196.0  # names stand on the right
+        axes = axes_at(figure, left, bottom + 42, WIDTH - left - right, body)
         rates = [t.tflops for t in methods]
-        # texts stand where there is room: beside points far to the left or right, on the other side
-        contract = shape.intensity
-        place = math.log(contract / low_x) / math.log(high_x / low_x)
-        names = 1 if place < 0.6 else -1
-        guided = -1 if place > 0.3 else 1
-        low_y = 10.0 ** math.floor(math.log10((0.8 if guided < 0 else 0.4) * min(rates)))
-        high_y = 2.2 * max(*roofs.values(), *rates)
+        low_x = 0.7 * min(5.0, *(x for _, x, _ in points))
+        high_x = 4 * max(shape.intensity, max(roofs.values()) / bandwidth)
+        low_y = 0.5 * min(rates)
+        high_y = 1.6 * max(*roofs.values(), *rates)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(low_x, high_x)
@@ -198,26 +193,26 @@ def roofline(
         middle = math.sqrt(low_x * high_x)
         axis_text = "arithmetic intensity, FLOP per byte of device memory"
         write_note(axes, middle, low_y, axis_text, dy=-29, ha="center", color=SOFT)
-        write_note(axes, low_x, high_y, "TFLOP/s", dx=-7, dy=4, ha="right", color=SOFT)
+        write_note(axes, low_x, high_y, "TFLOP/s", dx=-7, dy=9, ha="right", color=SOFT)
 
         _draw_roofs(axes, bandwidth, roofs)
+        contract = shape.intensity
         guide_style = {"color": SOFT, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1}
         axes.plot([contract, contract], [low_y, allowed], **guide_style)
-        at = {"dx": 5 * guided, "dy": 6, "ha": "left" if guided > 0 else "right"}
-        write_note(axes, contract, low_y, "every byte moved once", color=SOFT, backed=True, **at)
+        note = {"ha": "right", "color": SOFT, "backed": True}
+        write_note(axes, contract, low_y, "every byte moved once", dx=-5, dy=6, **note)
 
-        per_point = math.log10(high_y / low_y) / body
-        wanted = [math.log10(t.tflops) / per_point for t, _, _ in points]
-        for (timing, x, counted), place in zip(points, spread_apart(wanted, 13.0), strict=True):
-            rate, at = timing.tflops, 10 ** (place * per_point)
+        per_point = math.log(high_y / low_y) / body
+        wanted = [math.log(t.tflops / low_y) / per_point for t, _, _ in points]
+        places = spread_apart(wanted, 13.0, (0, body))
+        label_x = high_x * (high_x / low_x) ** 0.02
+        for (timing, x, counted), place in zip(points, places, strict=True):
+            rate, at = timing.tflops, low_y * math.exp(place * per_point)
             draw_point(axes, x, rate, timing.name, hollow=bool(counters) and not counted)
-            label_x = contract * 1.55**names
-            leader = {"color": SOFT, "linewidth": 0.6, "zorder": 4}
-            axes.plot([x, label_x], [rate, at], **leader)
+            draw_leader(axes, (x, rate), (label_x, at))
             text = f"{readable(timing.name)}  {significant(rate)}"
             weight = "bold" if timing.kind == "rung" else "normal"
-            more = {"ha": "left" if names > 0 else "right", "fontweight": weight}
-            write_note(axes, label_x, at, text, dx=3 * names, dy=-3, backed=True, **more)
+            write_note(axes, label_x, at, text, dx=3, dy=-3, fontweight=weight)
     return figure
 
 
@@ -226,14 +221,10 @@ def _draw_roofs(axes: Axes, bandwidth: float, roofs: Mapping[str, float]) -> Non
     (low_x, high_x), top = axes.get_xlim(), max(roofs.values())
     slope = {"color": colour("copy"), "linewidth": 2, "zorder": 3, "solid_capstyle": "butt"}
     axes.plot([low_x, top / bandwidth], [bandwidth * low_x, top], **slope)
-    x = math.sqrt(low_x * top / bandwidth)
+    x = math.sqrt(low_x * min(roofs.values()) / bandwidth)  # below all roofs' names
     text = f"device copy, {significant(bandwidth * 1e3)} GB/s"
-    ink = {"color": colour("copy")}
-    if math.log(x / low_x) > 0.2 * math.log(high_x / low_x):  # room on the left of it
-        write_note(axes, x, bandwidth * x, text, dx=-8, dy=4, ha="right", **ink)
-    else:
-        write_note(axes, x, bandwidth * x, text, dx=8, dy=-8, **ink)
+    write_note(axes, x, bandwidth * x, text, dx=8, dy=-8, color=colour("copy"))
     for name, rate in roofs.items():
-        axes.plot([rate / bandwidth, high_x], [rate, rate], color=colour(name), linewidth=2)
-        text = f"{name}, {significant(rate)}"
-        write_note(axes, high_x, rate, text, dy=4, ha="right", color=SOFT, backed=True)
+        ridge, text = rate / bandwidth, f"{name}, {significant(rate)}"
+        axes.plot([ridge, high_x], [rate, rate], color=colour(name), linewidth=2)
+        write_note(axes, ridge, rate, text, dx=-8, dy=-1, ha="right", color=SOFT)

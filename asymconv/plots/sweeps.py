@@ -25,6 +25,7 @@ from asymconv.plots.page import (
     canvas,
     colour,
     draw_box,
+    draw_leader,
     draw_point,
     draw_ticks,
     milliseconds,
@@ -32,12 +33,11 @@ from asymconv.plots.page import (
     provenance,
     record_print,
     repeats_of,
-    significant,
     spread_apart,
     style,
     write_note,
 )
-from asymconv.record import Record, short_name
+from asymconv.record import Record, short_name, significant
 
 # --- the shapes of a tile ------------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ def tiles(record: Record, source: str = records.VARIANTS.name) -> Figure:
         figure, axes = canvas(
             cell_h * len(heights) + 52,
             f"k04: a tile of {best[0]} × {best[1]} takes {milliseconds(times[best])}, "
-            f"of {worst[0]} × {worst[1]} {milliseconds(times[worst])}",
+            f"one of {worst[0]} × {worst[1]} takes {milliseconds(times[worst])}",
             "Time by the tile's height and width in pixels, a thread each; darker is slower.",
             record_print(record, source),
         )
@@ -184,7 +184,6 @@ def series(measured: Measured, series: Series, source: str = experiments.RECORD.
     if not relative:
         raise ValueError(f"the record of {series.name!r} has nothing on {series.base}")
     timings = [timing for row in measured.rows for timing in row.timings]
-    base = series.named(series.base)
     small_print = [
         f"{measured.made['gpu']} · {series.base}, other sizes as drawn · medians of "
         f"{repeats_of(timings)} repeats",
@@ -193,7 +192,8 @@ def series(measured: Measured, series: Series, source: str = experiments.RECORD.
     if set(relative) & set(experiments.SLOW):
         slow = " and ".join(sorted(set(relative) & set(experiments.SLOW)))
         small_print.insert(1, f"{slow} with {experiments.SLOW_FILTERS} output channels")
-    subtitle = f"{series.question} Each method's time per output over its own on {base}."
+    base = f"{series.named(series.base)} {_UNITS.get(series.name, '')}".strip()
+    subtitle = f"{series.question} Less is better."
     values = [v for ratios in relative.values() for v in ratios if v is not None]
     with style():
         body = max(240.0, 13.0 * len(relative) + 30)
@@ -203,7 +203,7 @@ def series(measured: Measured, series: Series, source: str = experiments.RECORD.
         room = (WIDTH - left - right) / len(names)
         two = max(map(len, names)) * 5.8 > room  # lines a name
         foot = 54 if two else 42
-        figure, bottom, _top = page(body + 12 + foot, title, subtitle, small_print)
+        figure, bottom, _top = page(body + 24 + foot, title, subtitle, small_print)
         axes = axes_at(figure, left, bottom + foot, WIDTH - left - right, body)
         low, high = 0.9 * min(values), 1.1 * max(values)
         axes.set_yscale("log")
@@ -221,11 +221,12 @@ def series(measured: Measured, series: Series, source: str = experiments.RECORD.
         if two:
             for place, (_, second) in enumerate(halves):
                 write_note(axes, place, low, second, dy=-26, ha="center", color=SOFT)
+        text = f"each method's time per output, over its own on {base}"
+        write_note(axes, axes.get_xlim()[0], high, text, dx=MARGIN - left, dy=8, color=SOFT)
         axis_text = _AXES.get(series.name, series.name)
         write_note(
             axes, (len(places) - 1) / 2, low, axis_text, dy=13 - foot, ha="center", color=SOFT
         )
-        last = len(places) - 1
         ends = {}
         for name, ratios in relative.items():
             there = [(x, v) for x, v in enumerate(ratios) if v is not None]
@@ -235,11 +236,12 @@ def series(measured: Measured, series: Series, source: str = experiments.RECORD.
             for x, v in there:
                 draw_point(axes, x, v, name)
         per_point = math.log(high / low) / body
-        wanted = [math.log(v) / per_point for _, v in ends.values()]
-        for (name, (_, v)), place in zip(ends.items(), spread_apart(wanted, 12.5), strict=True):
-            at = math.exp(place * per_point)
-            label_x = last + 0.06 * len(places)
-            axes.plot([last, label_x], [v, at], color=SOFT, linewidth=0.6, zorder=1, clip_on=False)
+        wanted = [math.log(v / low) / per_point for _, v in ends.values()]
+        label_places = spread_apart(wanted, 12.5, (0, body))
+        label_x = axes.get_xlim()[1] + 0.01 * len(places)  # beyond the lines of ticks
+        for (name, (x, v)), place in zip(ends.items(), label_places, strict=True):
+            at = low * math.exp(place * per_point)
+            draw_leader(axes, (x, v), (label_x, at))
             weight = "bold" if name.startswith("k") else "normal"
             text = f"{name}  {significant(v)}"
             write_note(axes, label_x, at, text, dx=3, dy=-3, fontweight=weight, color=INK)
@@ -250,6 +252,7 @@ _RATIOS = (
     *(0.125, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0, 2.5, 3.0, 4.0),
     *(8.0, 16.0, 32.0, 64.0, 128.0, 256.0),
 )
+_UNITS = {"batch": "images", "pitch": "columns", "strips": "columns"}
 _AXES = {
     "aspect": "height × width of the input",
     "pitch": "floats from one output row to the next, of input columns (+ padding)",
