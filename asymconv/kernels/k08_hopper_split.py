@@ -78,11 +78,11 @@ static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
               "warps share out what the launch was given; to wait for more is to hang");
 
 // Shared memory, in bytes. Landing: rows of fp32 as they come from memory, 72 pixels a channel. A
-// warp of the producers has 16 channels of a half, 32 pixels, of five rows for itself: four that
-// two output rows see, and the next. What is right of the halves, the tail, is the left ones'.
-constexpr int RING_W = 72, HALF_W = 32, TAIL_W = RING_W - 2 * HALF_W, LANDINGS = 5;
+// warp of the producers has 16 channels of one side, 32 pixels, of five rows for itself: four that
+// two output rows see, and the next. What is right of both sides, the tail, is the left one's.
+constexpr int RING_W = 72, SIDE_W = 32, TAIL_W = RING_W - 2 * SIDE_W, LANDINGS = 5;
 constexpr int WARP_CHANNELS = CHANNELS / (PRODUCERS / 2 / 32);
-constexpr int LINE = HALF_W * 4, HALF = WARP_CHANNELS * LINE, TAIL_AT = 2 * HALF;
+constexpr int LINE = SIDE_W * 4, SIDE = WARP_CHANNELS * LINE, TAIL_AT = 2 * SIDE;
 constexpr int LANDING = TAIL_AT + WARP_CHANNELS * TAIL_W * 4;
 static_assert(LINE == 128, "a warp's copies fill all banks; what lies beside a line costs another");
 
@@ -186,21 +186,21 @@ struct Cursor {
   }
 };
 
-// Where a pixel of a warp's half lands, of the warp's `depth`th channel: a channel has a line of its
-// own, its groups of 8 pixels in an order of its own. Of the tail a line is 4 channels.
-__device__ __forceinline__ int in_half(int depth, int pixel) {
+// Where a pixel of a warp's side, or of the tail, lands, of the warp's `depth`th channel. A channel
+// has a line of its own, its groups of 8 pixels in an order of its own; the tail's lines have 4.
+__device__ __forceinline__ int in_side(int depth, int pixel) {
   return depth * LINE + ((pixel / 8 ^ depth / 2 & 3) << 5) + pixel % 8 * 4;
 }
 __device__ __forceinline__ int in_tail(int depth, int pixel) {
   return TAIL_AT + (depth / 8 * 2 + depth % 2) * LINE + (depth / 2 & 3) * 32 + pixel * 4;
 }
 
-// Starts the copies of a half or the tail of a row of a warp's channels, COPY_W pixels a lane;
+// Starts the copies of a side or the tail of a row of a warp's channels, COPY_W pixels a lane;
 // zeros where the image ends. Of no bytes the address may be anywhere.
 template <int COPY_W, bool TAIL>
 __device__ __forceinline__ void fetch_part(unsigned char* landing, int channel0, int column0,
                                            const Cursor& at, const Conv& c) {
-  constexpr int LANES = (TAIL ? TAIL_W : HALF_W) / COPY_W, STEP = 32 / LANES;  // of a channel
+  constexpr int LANES = (TAIL ? TAIL_W : SIDE_W) / COPY_W, STEP = 32 / LANES;  // of a channel
   const int lane = thread_again() & 31, depth0 = lane / LANES, pixel = lane % LANES * COPY_W;
   const int iw = at.iw + column0 + pixel;
   const bool inside = (unsigned)(at.ih + at.row) < (unsigned)c.H && iw >= 0 && iw < c.W;
@@ -209,7 +209,7 @@ __device__ __forceinline__ void fetch_part(unsigned char* landing, int channel0,
   #pragma unroll
   for (int depth = 0; depth < WARP_CHANNELS; depth += STEP) {
     const int bytes = inside && channel0 + depth0 + depth < c.C ? COPY_W * 4 : 0;
-    const int place = TAIL ? in_tail(depth0 + depth, pixel) : in_half(depth0 + depth, pixel);
+    const int place = TAIL ? in_tail(depth0 + depth, pixel) : in_side(depth0 + depth, pixel);
     float* const to = reinterpret_cast<float*>(landing + place);
     if (COPY_W == 4) {
       cp_async_16(to, from, bytes);
@@ -222,11 +222,11 @@ __device__ __forceinline__ void fetch_part(unsigned char* landing, int channel0,
 
 // A row: a group of copies. WIDE: rows of x start on 16 bytes.
 template <bool WIDE>
-__device__ __forceinline__ void fetch(unsigned char* landing, int channel0, int half,
+__device__ __forceinline__ void fetch(unsigned char* landing, int channel0, int side,
                                       const Cursor& at, const Conv& c) {
   constexpr int COPY_W = WIDE ? 4 : 1;
-  fetch_part<COPY_W, false>(landing, channel0, half * HALF_W, at, c);
-  if (half == 0) fetch_part<COPY_W, true>(landing, channel0, 2 * HALF_W, at, c);
+  fetch_part<COPY_W, false>(landing, channel0, side * SIDE_W, at, c);
+  if (side == 0) fetch_part<COPY_W, true>(landing, channel0, 2 * SIDE_W, at, c);
   cp_async_commit();
 }
 """
@@ -243,35 +243,35 @@ struct Few {
   }
 };
 
-// Where a lane's are in a landing, in the warp's `unit`th 8 pixels: a half's four, and the tail.
+// Where a lane's are in a landing, in the warp's `unit`th 8 pixels: a side's four, and the tail.
 __device__ __forceinline__ int few_at(int unit) {
   const int lane = thread_again() & 31, depth = lane / 4 * 2, pixel = lane % 4 * 2;
-  return unit < HALF_W / UNIT_W ? in_half(depth, unit * UNIT_W + pixel) : in_tail(depth, pixel);
+  return unit < SIDE_W / UNIT_W ? in_side(depth, unit * UNIT_W + pixel) : in_tail(depth, pixel);
 }
-__device__ __forceinline__ int units_of(int half) { return HALF_W / UNIT_W + (half == 0); }
+__device__ __forceinline__ int units_of(int side) { return SIDE_W / UNIT_W + (side == 0); }
 
 // A warp's part of two rows of the input into a transformed row, second - first, and if BOTH
 // second + first into the slot before it. If LOOK, looks at what the second row brings. Two
 // channels of a pixel are one store; stores of a warp meet no bank twice either.
 template <bool BOTH, bool LOOK>
 __device__ __forceinline__ void convert(const unsigned char* first, const unsigned char* second,
-                                        unsigned char* slot, int channel0, int half, int scale,
+                                        unsigned char* slot, int channel0, int side, int scale,
                                         HalfRuns& seen) {
   const float factor = power_of_two(scale - 1);  // a sum of two rows has their range
   const int lane = thread_again() & 31, channel = channel0 + lane / 4 * 2;
-  const int units = units_of(half);
+  const int units = units_of(side);
   // to the first pixel, an even one: so the swizzle only has to take the other one in
-  const int to = in_row(half * HALF_W + lane % 4 * 2, channel / 8) + (channel & 7) * 2;
-  const int from = few_at(0), tail = few_at(HALF_W / UNIT_W);
+  const int to = in_row(side * SIDE_W + lane % 4 * 2, channel / 8) + (channel & 7) * 2;
+  const int from = few_at(0), tail = few_at(SIDE_W / UNIT_W);
   #pragma unroll 1
   for (int unit = 0; unit < units; ++unit) {
-    const int now = unit < HALF_W / UNIT_W ? from ^ unit * UNIT_W * 4 : tail;
+    const int now = unit < SIDE_W / UNIT_W ? from ^ unit * UNIT_W * 4 : tail;
     const Few one(first + now), two(second + now);
     #pragma unroll
     for (int k = 0; LOOK && k < 2; ++k) {
       seen.look_at(larger_magnitude(two.channel[k].x, two.channel[k].y));
     }
-    const int pixel = unit < HALF_W / UNIT_W ? unit * UNIT_W : 2 * HALF_W;
+    const int pixel = unit < SIDE_W / UNIT_W ? unit * UNIT_W : 2 * SIDE_W;
     #pragma unroll
     for (int j = 0; j < 2; ++j) {
       float sum[2], difference[2];
@@ -298,9 +298,9 @@ __device__ __forceinline__ void convert(const unsigned char* first, const unsign
 }
 
 // Looks at a warp's part of a row that no pair before has brought.
-__device__ __forceinline__ void look_at(const unsigned char* row, int half, HalfRuns& seen) {
+__device__ __forceinline__ void look_at(const unsigned char* row, int side, HalfRuns& seen) {
   #pragma unroll 1
-  for (int unit = 0; unit < units_of(half); ++unit) {
+  for (int unit = 0; unit < units_of(side); ++unit) {
     const Few few(row + few_at(unit));
     #pragma unroll
     for (const float2& two : few.channel) seen.look_at(larger_magnitude(two.x, two.y));
@@ -311,9 +311,9 @@ template <bool WIDE>
 __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv& c,
                                         const Plan& plan, int blocks_k, unsigned char* shared,
                                         RingState* state, int scale) {
-  const int warp = uniform((threadIdx.x - CONSUMERS) / 32), half = warp % 2;
+  const int warp = uniform((threadIdx.x - CONSUMERS) / 32), side = warp % 2;
   const int channel0 = warp / 2 * WARP_CHANNELS, item_step = gridDim.x / blocks_k;
-  unsigned char* const landings = shared + warp / 2 * LANDINGS * LANDING + half * HALF;
+  unsigned char* const landings = shared + warp / 2 * LANDINGS * LANDING + side * SIDE;
   Cursor now, ahead;
   now.enter(blockIdx.x / blocks_k, x, plan, c);
   ahead = now;
@@ -325,7 +325,7 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
         cp_async_commit();  // of nothing, so that groups are rows
         continue;
       }
-      fetch<WIDE>(landings + fetched % LANDINGS * LANDING, channel0, half, ahead, c);
+      fetch<WIDE>(landings + fetched % LANDINGS * LANDING, channel0, side, ahead, c);
       if (++ahead.row == ahead.rows) ahead.enter(ahead.item + item_step, x, plan, c);
     }
   };
@@ -353,20 +353,20 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
     cp_async_wait<LANDINGS - 3>();  // until the pair's third row is there
     __syncwarp();
     if (now.row == 0) {
-      look_at(row(0), half, seen);
-      look_at(row(1), half, seen);
+      look_at(row(0), side, seen);
+      look_at(row(1), side, seen);
     }
     until_empty(0);
-    convert<true, true>(row(1), row(2), slots + SLOT, channel0, half, scale, seen);
+    convert<true, true>(row(1), row(2), slots + SLOT, channel0, side, scale, seen);
     pass_on(0, seen);
     until_empty(1);
-    convert<false, false>(row(2), row(0), slots + 2 * SLOT, channel0, half, scale, seen);
+    convert<false, false>(row(2), row(0), slots + 2 * SLOT, channel0, side, scale, seen);
     pass_on(1, HalfRuns());
-    cp_async_wait<LANDINGS - 4>();
+    cp_async_wait<LANDINGS - 4>();  // and the fourth
     __syncwarp();
     until_empty(2);
     seen = HalfRuns();
-    convert<false, true>(row(1), row(3), slots + 3 * SLOT, channel0, half, scale, seen);
+    convert<false, true>(row(1), row(3), slots + 3 * SLOT, channel0, side, scale, seen);
     pass_on(2, seen);
     fetch_rows(last ? 4 : 2);  // over rows that no pair needs any more
     landed += last ? 4 : 2;
