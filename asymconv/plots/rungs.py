@@ -177,7 +177,8 @@ def roofline(
         left, right = 62.0, 196.0  # names stand on the right
         axes = axes_at(figure, left, bottom + 42, WIDTH - left - right, body)
         rates = [t.tflops for t in methods]
-        low_x = 0.7 * min(5.0, *(x for _, x, _ in points))
+        # room for texts on the left of the roofs' ends and of the points
+        low_x = min(2.0, 0.2 * shape.intensity, *(0.7 * x for _, x, _ in points))
         high_x = 4 * max(shape.intensity, max(roofs.values()) / bandwidth)
         low_y = 0.5 * min(rates)
         high_y = 1.6 * max(*roofs.values(), *rates)
@@ -199,8 +200,11 @@ def roofline(
         contract = shape.intensity
         guide_style = {"color": SOFT, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1}
         axes.plot([contract, contract], [low_y, allowed], **guide_style)
-        note = {"ha": "right", "color": SOFT, "backed": True}
-        write_note(axes, contract, low_y, "every byte moved once", dx=-5, dy=6, **note)
+        left_of = math.log(contract / low_x) > 0.3 * math.log(high_x / low_x)
+        at = {"dx": -5, "ha": "right"} if left_of else {"dx": 5}
+        write_note(
+            axes, contract, low_y, "every byte moved once", dy=6, color=SOFT, backed=True, **at
+        )
 
         per_point = math.log(high_y / low_y) / body
         wanted = [math.log(t.tflops / low_y) / per_point for t, _, _ in points]
@@ -227,4 +231,5 @@ def _draw_roofs(axes: Axes, bandwidth: float, roofs: Mapping[str, float]) -> Non
     for name, rate in roofs.items():
         ridge, text = rate / bandwidth, f"{name}, {significant(rate)}"
         axes.plot([ridge, high_x], [rate, rate], color=colour(name), linewidth=2)
-        write_note(axes, ridge, rate, text, dx=-8, dy=-1, ha="right", color=SOFT)
+        at = {"dx": -8, "dy": -1, "ha": "right"}
+        write_note(axes, ridge, rate, text, color=SOFT, backed=True, **at)
