@@ -111,17 +111,15 @@ def choose_for(x: torch.Tensor, layer: nn.Conv2d) -> tuple[Kernel, ConvShape] | 
             or not tensor.is_contiguous()
         ):
             return None
-    if _only_pytorch(x, (*layer.stride, *layer.padding, *layer.dilation, layer.groups)):
+    arguments = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    if torch.jit.is_tracing() or _only_pytorch(x.device.type, *arguments):
         return None
     return choose(
         torch.cuda.get_device_capability(x.device),
         tf32_allowed(),
         tuple(x.shape),
         tuple(layer.weight.shape),
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.groups,
+        *arguments,
         layer.bias is not None,
     )
 
