@@ -25,10 +25,13 @@ What it changes:
 - Tensor cores cut off what does not fit a sum's 24 bits. So the small products are summed first,
   2^11 times too large; then the sum is scaled, and 12 large ones are added to it.
 - Weights of 64 filters, two transformed rows of taps, hi and lo, would take 192 registers a thread.
-  A strip is 64 columns wide, so sums take 32, and 168 hold weights; the rest, an eighth, is in
-  shared memory, and so is where a warp is in its strip: a register that the compiler moves to local
-  memory costs hundreds of cycles here, where shared memory leaves L1 next to nothing. Two blocks
-  share a strip, side by side, and read the same rows: the second from L2.
+  A strip is 64 columns wide, so sums take 32, and 160 hold weights; the rest, a sixth, is in shared
+  memory, and so is where a warp is in its strip: a register that the compiler moves to local memory
+  costs hundreds of cycles here, where shared memory leaves L1 next to nothing. Two blocks share a
+  strip, side by side, and read the same rows: the second from L2.
+- Converting is a third of the work, and a warp that does it waits for its loads. So two warpgroups
+  fetch and convert, two warps on each scheduler; each warp has channels and columns of its own and
+  waits for no other. Copies land by lines of 128 bytes, all banks at once.
 - Outputs leave in whole sectors, straight from registers: four lanes that hold 8 columns move them
   round until each has its own part of a sector.
 
@@ -39,7 +42,7 @@ cores never wait. Shared memory moves 776 KB meanwhile, 6,060 cycles: 1.8 ms. Wi
 other's way 2.1 to 2.4 ms. Error: a third more than direct sums (4.7e-7 by a model that cuts off),
 but chains of 12 large products in place of 18: 4e-7 to 6e-7. Today's 64 columns are 32 cycles.
 
-Measured (notebook 07): 2.5 ms for a few calls, 2.9 in a series, where the card's power limits it.
+Measured (notebook 07): 2.4 ms for a few calls, 2.8 in a series, where the card's power limits it.
 Error 2.8e-7: less than fp32's own, as chains are short.
 
 What was tried before: direct sums, the channels of each product split between two warpgroups. A
