@@ -128,9 +128,9 @@ def load_layers(path: Path = LAYERS_RECORD) -> Layers:
     data = _read(path, "asymconv layers --record")
     rows = []
     for row in data["rows"]:
-        sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in row.pop("shape").items()}
+        shape = ConvShape(**row.pop("shape"))
         times = {name: tuple(ms) for name, ms in row.pop("milliseconds").items()}
-        rows.append(Row(**row, shape=ConvShape(**sizes), milliseconds=times))
+        rows.append(Row(**row, shape=shape, milliseconds=times))
     first_use = {name: tuple(seconds) for name, seconds in data["first_use"].items()}
     overheads = tuple(Overhead(**o) for o in data["overheads"])
     return Layers(data["made"], data["rungs"], first_use, overheads, tuple(rows))

@@ -107,6 +107,15 @@ class Win:
             return f"{shape.out_width} columns fill its strips of {STRIP_WIDTH} badly"
         return None
 
+    def lacks(self, capability: tuple[int, int] | None) -> str | None:
+        """What a GPU of this capability lacks, or None: on another than the measured one, a guess
+        would stand for a measurement.
+        """
+        if self.capability == capability:
+            return None
+        measured, own = (f"sm_{a}{b}" for a, b in (self.capability, capability))
+        return f"{self.rung} was measured on {measured}, this GPU is {own}"
+
     def misses_layer(self, weight_shape: Sequence[int], stride: Pair, dilation: Pair) -> str | None:
         """Why no input makes a layer of this weight win, or None."""
         filters, _, height, width = weight_shape
@@ -227,10 +236,9 @@ def decide(facts: Facts, forced: tuple[str, ...] | None = None) -> Decision:
         rung = get_rung(win.rung)
         if reason := win.misses(shape) or rung.refuses(shape):
             reasons.append(f"{win.rung}: {reason}")
-        elif win.capability != facts.capability:
-            measured, own = (f"sm_{a}{b}" for a, b in (win.capability, facts.capability))
-            machine = f"{win.rung} was measured on {measured}, this GPU is {own}"
-            reasons.append(machine)
+        elif lacking := win.lacks(facts.capability):
+            machine = lacking
+            reasons.append(lacking)
         else:
             allowed = "allowed" if facts.tf32 else "forbidden"
             return Decision(rung, f"{rung.idea}; faster here with TF32 {allowed}", shape)
@@ -387,38 +395,43 @@ def may_win(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> bool:
+) -> tuple[bool, str | None]:
     """For torch.compile and torch.export: whether some flags could give this call to a rung.
 
     Flags may change after the compilation and sizes may be symbols, so the operator decides when
     it runs. Where no flags and no size could matter, PyTorch's convolution goes into the graph,
-    where the compiler knows it: on a GPU that was not measured, too, and without a warning. Sizes
-    are asked without guards: none of them specializes.
+    where the compiler knows it: on a GPU that was not measured, too. Sizes are asked without
+    guards: none of them specializes.
 
     Args:
         x: (N, C, H, W), sizes perhaps symbols.
         weight: (K, C / groups, R, S).
         stride, padding, dilation: (height, width), in pixels (`pairs_of`).
         groups: of channels.
+
+    Returns:
+        Whether; and if not, what this machine lacks where another would have a rung for the call.
     """
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
 
     if x.dim() != 4 or weight.dim() != 4 or x.dtype != torch.float32 or not x.is_contiguous():
-        return False
+        return False, None
     if _forced is not None:
-        return x.is_cuda or x.device.type == "cpu"
+        return x.is_cuda or x.device.type == "cpu", None
     if not x.is_cuda or torch.version.hip or groups != 1:
-        return False
+        return False, None
     capability = capability_of(x.device.index)
     n, channels, h, w = x.shape
     pixels = n * (h + 2 * padding[0] - 2) * (w + 2 * padding[1] - 2)
+    machine = None
     for win in WINS:
         low, high = win.in_channels
         if (
-            win.capability == capability
-            and win.misses_layer(weight.shape, tuple(stride), tuple(dilation)) is None
+            win.misses_layer(weight.shape, tuple(stride), tuple(dilation)) is None
             and low <= channels <= high
             and not statically_known_true(pixels < win.pixels)
         ):
-            return True
-    return False
+            machine = win.lacks(capability)
+            if machine is None:
+                return True, None
+    return False, machine

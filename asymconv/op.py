@@ -64,6 +64,13 @@ def _warn_once(reason: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
+def _warn_while_tracing(reason: str) -> None:
+    _warn_once(reason)
+
+
+_warn_while_tracing._dynamo_marked_constant = True  # the compiler calls it and does not trace it
+
+
 def _kernel(rung: Rung, device: torch.device) -> build.Kernel | str:
     """The rung built for a device, or why it cannot be: tried once in a process."""
     key = (rung.name, device)
@@ -316,9 +323,12 @@ def conv2d(
             pairs is not None
             and not torch.onnx.is_in_onnx_export()  # a standard file holds standard operators
             and not torch.is_autocast_enabled(x.device.type)
-            and may_win(x, weight, *pairs, groups)
         ):
-            return torch.ops.asymconv.conv2d(x, weight, bias, *pairs, groups)
+            wins, machine = may_win(x, weight, *pairs, groups)
+            if wins:
+                return torch.ops.asymconv.conv2d(x, weight, bias, *pairs, groups)
+            if machine is not None:
+                _warn_while_tracing(machine)
     elif (
         type(x) in _PLAIN
         and type(weight) in _PLAIN

@@ -382,16 +382,25 @@ def test_a_dynamic_batch_is_not_bound_to_what_wins(monkeypatch: pytest.MonkeyPat
     assert "asymconv" in exported(monkeypatch, lambda: layer, size, dynamic_shapes=batch)
 
 
-def test_an_older_gpu_keeps_pytorchs_own_in_its_graphs(
-    fresh: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("strictly", [False, True])
+def test_an_older_gpu_keeps_pytorchs_own_in_its_graphs_and_says_why_once(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, strictly: bool
 ) -> None:
     monkeypatch.setattr(dispatch, "_capability", lambda index: (8, 0))
-    with warnings.catch_warnings(), FakeTensorMode(), torch.no_grad():
+
+    def graph(layer: nn.Module, size: tuple[int, ...] = CONTRACT.input_shape) -> str:
+        with FakeTensorMode(), torch.no_grad():
+            x = torch.empty(size, device="cuda")
+            return str(torch.export.export(on_cuda(layer), (x,), strict=strictly).graph)
+
+    with pytest.warns(RuntimeWarning, match="this GPU is sm_80") as warned:
+        assert "asymconv" not in graph(Conv2d(64, 128, 3))
+    assert len([w for w in warned if "asymconv falls back" in str(w.message)]) == 1
+    with warnings.catch_warnings():
         warnings.filterwarnings("error", message="asymconv falls back")
-        layer = on_cuda(Conv2d(64, 128, 3))
-        x = torch.empty(CONTRACT.input_shape, device="cuda")
-        program = torch.export.export(layer, (x,))
-    assert "asymconv" not in str(program.graph)
+        assert "asymconv" not in graph(Conv2d(64, 128, 3))
+        assert "asymconv" not in graph(Conv2d(64, 128, 1)), "no GPU has a rung for it"
+        assert "asymconv" not in graph(Conv2d(64, 128, 3), (1, 64, 32, 64))
 
 
 @pytest.mark.parametrize("device", DEVICES)
