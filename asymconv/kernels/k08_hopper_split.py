@@ -29,8 +29,8 @@ What it changes:
   memory, and so is where a warp is in its strip: a register that the compiler moves to local memory
   costs hundreds of cycles here, where shared memory leaves L1 next to nothing. Two blocks share a
   strip, side by side, and read the same rows: the second from L2.
-- A warp that converts mostly waits for its own loads. So two warpgroups fetch and convert, two warps
-  on each scheduler; each warp has channels and columns of its own and waits for no other. Copies
+- A warp that converts waits for its own loads, mostly. So two warpgroups fetch and convert, two
+  warps on each scheduler; each has channels and columns of its own and waits for no other. Copies
   land by lines of 128 bytes, all banks at once.
 - Outputs leave in whole sectors, straight from registers: four lanes that hold 8 columns move them
   round until each has its own part of a sector.
