@@ -431,7 +431,8 @@ def may_win(
             and low <= channels <= high
             and not statically_known_true(pixels < win.pixels)
         ):
-            machine = win.lacks(capability)
-            if machine is None:
+            lacking = win.lacks(capability)
+            if lacking is None:
                 return True, None
+            machine = machine or lacking  # the first, as `decide` says it by default
     return False, machine

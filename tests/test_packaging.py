@@ -16,7 +16,7 @@ import typer
 import yaml
 from samples import theirs_on_the_contract
 
-from asymconv import comparison, record, retake
+from asymconv import asymmetry, comparison, record, retake
 from asymconv.cli import app
 from asymconv.kernels import RUNGS
 
@@ -154,6 +154,13 @@ def test_the_readmes_claims_are_what_the_records_give() -> None:
     runs = theirs_on_the_contract()
     before, after = (network.forward[name] for name in (comparison.THEIRS, comparison.OURS))
     calls = comparison.load_layers().overheads
+    pitch = asymmetry.get_series("pitch")
+    relative = asymmetry.load()["pitch"].relative(pitch)
+    at = [i for i, shape in enumerate(pitch.shapes) if shape.out_width % 2]
+
+    def odd(*numbers: str) -> str:
+        return f"{100 * (max(relative[n][i] for n in numbers for i in at) - 1):.0f}"
+
     forced = [c.ours - c.theirs for c in calls if "forced" in c.what]
     left = [c.ours - c.theirs for c in calls if "forced" not in c.what]
     for claim in (
@@ -162,6 +169,7 @@ def test_the_readmes_claims_are_what_the_records_give() -> None:
         f"k07 takes {ours / ladder['memory floor'].median:.2f} times what moving the bytes alone",
         f"nn.Conv2d takes {min(runs):.2f} to {max(runs):.2f} ms on the contract's shape",
         f"takes {statistics.median(after):.0f} ms converted and {statistics.median(before):.0f}",
+        f"odd length cost k07 up to {odd('k07')} %, k06 and k08 up to {odd('k06', 'k08')} %",
         f"costs its host {math.ceil(max(forced))} µs more than nn.Conv2d's, at most",
         f"one that PyTorch runs {math.ceil(max(left))}",
     ):

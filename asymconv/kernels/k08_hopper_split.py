@@ -572,7 +572,8 @@ __device__ __forceinline__ void take_over(Sums& sum, const Finish& of, const flo
 // wherever they begin in a sector: they move them round until each has what is its own in one, so
 // that a store of the warp is 8 whole sectors. What is left at both ends of the strip is one
 // sector's worth, parts of two that the neighbours complete. EVEN: rows start on 8 bytes and end
-// there, so two columns stay together.
+// there, so two columns stay together. Else all first ones go, then all second ones: slower than in
+// turns (notebook 07).
 template <bool EVEN>
 __device__ __forceinline__ void store(const Sums& sum, const Out& out) {
   const int quad = thread_again() % 4, mine = filter_again();

@@ -65,7 +65,7 @@ SPREAD = (
     *("bf16", "TF32, cut off", "TF32", "fp16", "k06", "k07", "fp32", "k05"),
     *("hi + lo, F(2, 3)", "k08"),
 )
-"""Whose errors figures/errors.svg shows, where the record has them: models may be younger."""
+"""Whose errors figures/errors.svg shows, where the record has them: a GPU may lack rungs."""
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
