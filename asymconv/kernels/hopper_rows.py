@@ -112,17 +112,10 @@ __device__ __forceinline__ int columns_to_aligned(const float* row) {
 
 """
 
-HALVES_OF = r"""
+IN_ROW = r"""
 // Bytes from a ring row's start to a chunk of a pixel. Rows start groups of 8 swizzled pixels.
 __device__ __forceinline__ int in_row(int pixel, int chunk) {
   return pixel * PIXEL + ((chunk ^ pixel % 8) << 4);
-}
-
-// A value as halves: hi, and 2^11 times what hi leaves, 11 bits more.
-constexpr float LO_SCALE = 2048.0f;
-__device__ __forceinline__ __half2 hi_of(float a, float b) { return __floats2half2_rn(a, b); }
-__device__ __forceinline__ __half2 lo_of(float a, float b, __half2 hi) {
-  return __floats2half2_rn(LO_SCALE * (a - __low2float(hi)), LO_SCALE * (b - __high2float(hi)));
 }
 
 """

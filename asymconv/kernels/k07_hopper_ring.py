@@ -36,8 +36,8 @@ Measured (notebook 06): 1.31 ms, as long as the same bytes take in the same stri
 
 from asymconv.kernels.half_range import HALF_RANGE
 from asymconv.kernels.hopper_rows import (
-    HALVES_OF,
     HOPPER_KERNEL,
+    IN_ROW,
     INCLUDES,
     OUT_ROW,
     PLAN,
@@ -71,7 +71,7 @@ that L2 lets go of first."""
 LAYOUT = r"""
 // A strip is 128 columns wide; its products are 136, so that each output row can start at the first
 // whole 32-byte sector in the strip, wherever that is.
-constexpr int CHANNELS = 64, R = 3, S = 3, TAPS = R * S, PARTS = CHANNELS / 16;
+constexpr int BLOCK_K = 128, CHANNELS = 64, R = 3, S = 3, TAPS = R * S, PARTS = CHANNELS / 16;
 constexpr int TILE_W = 128, PRODUCT_W = TILE_W + 8;
 static_assert(ALIGN == 4 || ALIGN == 8, "bulk copies need 16 bytes, whole sectors 32");
 
@@ -90,12 +90,12 @@ constexpr int RING_W = 144, WARP_CHANNELS = CHANNELS / (PRODUCERS / 32);
 constexpr int LANDING_PITCH = (RING_W + 8) * 4, LANDING = WARP_CHANNELS * LANDING_PITCH;
 
 // Ring: rows of fp16. A pixel is a row of 64 channels, 128 bytes in 8 chunks of 16, chunk i of
-// pixel p at place i ^ (p % 8) (the 128-byte swizzle). The lo halves follow all of the hi.
-constexpr int PIXEL = CHANNELS * 2, RING_ROW = RING_W * PIXEL, RING_HALF = RING * RING_ROW;
+// pixel p at place i ^ (p % 8) (the 128-byte swizzle).
+constexpr int PIXEL = CHANNELS * 2, RING_ROW = RING_W * PIXEL;
 static_assert(RING_ROW % 1024 == 0, "a ring row starts a group of 8 swizzled rows");
 static_assert(RING_W >= 3 + PRODUCT_W + S - 1, "a tap's window lies in the ring row");
 static_assert(RING >= R + 1, "a row is filled while three are read");
-constexpr bool COMPLETES = HALVES == 1;  // see Plan; two halves have no registers for it
+constexpr bool COMPLETES = true;  // see Plan
 constexpr int ROUND = 2 * RING;  // rows after which slots and parities of barriers repeat
 
 // Staging: a row of outputs of each filter, from a whole sector on. 8 words further in their banks
@@ -108,7 +108,7 @@ constexpr int STAGING_PITCH = PRODUCT_W * 4;
 constexpr int TURN_TAP = PIXEL + 16, TURN_FILTER = TAPS * TURN_TAP, TURN = 8 * TURN_FILTER;
 
 constexpr int RING_AT = PRODUCERS / 32 * LANDINGS * LANDING;
-constexpr int STAGING_AT = RING_AT + HALVES * RING_HALF;
+constexpr int STAGING_AT = RING_AT + RING * RING_ROW;
 constexpr int STATE_AT = STAGING_AT + BLOCK_K * STAGING_PITCH;
 static_assert(RING_AT % 1024 == 0 && STAGING_AT % 16 == 0, "swizzle, bulk copies");
 static_assert(RING_AT + CONSUMERS / 32 * TURN <= STATE_AT, "the weights' way");
@@ -166,9 +166,8 @@ struct Window {
     const Item at = item_at(cursor.item, plan, c);
     const int ih = at.oh0 - c.pad_h + cursor.row, iw = (at.ow0 - c.pad_w) & ~3;
     before = max(-iw, 0);
-    const int end = COMPLETES && plan.completes && ih + 1 < c.H ? INT_MAX : c.W;
-    const int width = COMPLETES ? plan.load_w : RING_W;
-    count = (unsigned)ih < (unsigned)c.H ? max(0, min(iw + width, end) - (iw + before)) : 0;
+    const int end = plan.completes && ih + 1 < c.H ? INT_MAX : c.W;
+    count = (unsigned)ih < (unsigned)c.H ? max(0, min(iw + plan.load_w, end) - (iw + before)) : 0;
     first = x + ((long long)at.n * c.C * c.H + ih) * c.W + iw + before;  // not read if count is 0
   }
 };
@@ -245,11 +244,8 @@ __device__ __forceinline__ void convert_runs(const float* from, unsigned char* r
       largest[i] = j == 0 ? fabsf(v[i][j]) : larger_magnitude(largest[i], v[i][j]);
     }
     const float v0 = factor * v[0][j], v1 = factor * v[1][j];
-    const __half2 hi = hi_of(v0, v1);
     // p % 8 is 0 or 4 for the first pixel, so the swizzle only has to take j in
-    __half2* const place = reinterpret_cast<__half2*>(ring + (to ^ j << 4) + j * PIXEL);
-    *place = hi;
-    if (HALVES == 2) place[RING_HALF / 4] = lo_of(v0, v1, hi);
+    *reinterpret_cast<__half2*>(ring + (to ^ j << 4) + j * PIXEL) = __floats2half2_rn(v0, v1);
   }
   seen.look_at(largest[0]);
   seen.look_at(largest[1]);
@@ -335,15 +331,14 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
 // ---- consumers
 
 // A warp's 16 filters from k0 + warp_k on as fp16, in registers for good: fragments of wgmma's a.
-// As one half, all 64 channels; as two, hi and then lo of the 32 channels from channel0 on. Each
-// filter has its own power of two. `turn`: the warp's shared memory. Says whether fp16 holds them.
+// Each filter has its own power of two. `turn`: the warp's shared memory. Says whether fp16 holds
+// them.
 using Weights = unsigned[TAPS * PARTS][4];
 __device__ __forceinline__ bool load_weights(Weights& a, const float* __restrict__ w,
                                              const float* __restrict__ bias, const Conv& c, int k0,
-                                             int warp_k, int channel0, unsigned char* turn,
-                                             RingState* state, int input_scale) {
-  // filters under way; values that a lane has of each: of its own channels, and of all
-  constexpr int AT_ONCE = 2, OWN = CHANNELS / HALVES * TAPS / 32, LOADS = CHANNELS * TAPS / 32;
+                                             int warp_k, unsigned char* turn, RingState* state,
+                                             int input_scale) {
+  constexpr int AT_ONCE = 2, LOADS = CHANNELS * TAPS / 32;  // filters under way; values of a lane
   bool good = true;
   #pragma unroll
   for (int eight = 0; eight < 2; ++eight) {
@@ -358,8 +353,7 @@ __device__ __forceinline__ bool load_weights(Weights& a, const float* __restrict
         const float* const filter = w + (long long)(k0 + k + f) * c.C * TAPS;
         #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
-          const int at = i < OWN ? channel0 * TAPS + lane + 32 * i
-                                 : (CHANNELS / 2 - channel0) * TAPS + lane + 32 * (i - OWN);
+          const int at = lane + 32 * i;
           value[f][i] = k0 + k + f < c.K && at < c.C * TAPS ? __ldg(filter + at) : 0.0f;
         }
       }
@@ -375,7 +369,7 @@ __device__ __forceinline__ bool load_weights(Weights& a, const float* __restrict
         const HalfRange range(scale);
         const float factor = power_of_two(scale);
         good = good && exponent >= -126 && exponent <= 126;
-        if (lane == 0 && channel0 == 0) {
+        if (lane == 0) {
           state->exponent[k + f] = (signed char)min(126, max(-126, exponent));
           state->bias[k + f] = bias && k0 + k + f < c.K ? __ldg(bias + k0 + k + f) : 0.0f;
         }
@@ -383,15 +377,10 @@ __device__ __forceinline__ bool load_weights(Weights& a, const float* __restrict
         #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
           all = all && range.holds(magnitude(value[f][i]));
-          if (i >= OWN) continue;
           const int at = lane + 32 * i, channel = at / TAPS, tap = at % TAPS;
           __half* const to = reinterpret_cast<__half*>(turn + (first + f) * TURN_FILTER +
                                                        tap * TURN_TAP + channel * 2);
-          const __half2 hi = hi_of(factor * value[f][i], 0.0f);
-          *to = __low2half(hi);
-          if (HALVES == 2) {
-            to[CHANNELS / 2] = __low2half(lo_of(factor * value[f][i], 0.0f, hi));
-          }
+          *to = __float2half_rn(factor * value[f][i]);
         }
         if (__all_sync(0xffffffffu, all)) continue;
         // runs: the taps of a channel
@@ -455,9 +444,8 @@ __device__ __forceinline__ void stage(const Sums& sum, int eight, int k, int lan
     const float v1 = fmaf(sum[4 * j + eight * 2 + 1], factor, bias);
     if (EVEN) {
       // a strip that completes the next row has its begin S - 1 columns further right
-      const bool completes = COMPLETES && out.completes;
-      if (j == TILE_W / 8 - 1 && completes && column == 6) continue;
-      float* const two = j == TILE_W / 8 && completes ? to - (S - 1) : to;
+      if (j == TILE_W / 8 - 1 && out.completes && column == 6) continue;
+      float* const two = j == TILE_W / 8 && out.completes ? to - (S - 1) : to;
       if (j > 0 || column >= skip) *reinterpret_cast<float2*>(two + 8 * j) = make_float2(v0, v1);
     } else {
       if (j > 0 || column >= skip) to[8 * j] = v0;
@@ -508,10 +496,6 @@ SOURCE = (
     + BULK
     + BULK_EVICT_FIRST
     + wgmma_f16_ra(136)
-    + """
-// A block: 128 filters, each a half.
-constexpr int BLOCK_K = 128, HALVES = 1;
-"""
     + INCLUDES
     + LAYOUT
     + bad_rows(most_runs=32)
@@ -520,7 +504,7 @@ constexpr int BLOCK_K = 128, HALVES = 1;
     + CURSOR
     + WINDOW
     + FETCH
-    + HALVES_OF
+    + IN_ROW
     + CONVERT
     + WARP_ARRIVES
     + WAITS
@@ -561,7 +545,7 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
   unsigned char* const turn = shared + RING_AT + threadIdx.x / 32 * TURN;
   const int k0 = blockIdx.x % blocks_k * BLOCK_K;
   const int warp_k = threadIdx.x / 32 * 16;
-  if (!load_weights(a, w, bias, c, k0, warp_k, 0, turn, state, scale)) state->weights_bad = 1;
+  if (!load_weights(a, w, bias, c, k0, warp_k, turn, state, scale)) state->weights_bad = 1;
   for (int i = 0; i < RING; ++i) release_row(state, i);  // of weights
 
   const unsigned ring = shared_address(shared) + RING_AT;

@@ -52,8 +52,8 @@ products had to be saved.
 
 from asymconv.kernels.half_range import HALF_RANGE
 from asymconv.kernels.hopper_rows import (
-    HALVES_OF,
     HOPPER_KERNEL,
+    IN_ROW,
     INCLUDES,
     OUT_ROW,
     PLAN,
@@ -235,6 +235,13 @@ __device__ __forceinline__ void fetch(unsigned char* landing, int channel0, int 
 """
 
 CONVERT = r"""
+// A value as halves: hi, and 2^11 times what hi leaves, 11 bits more.
+constexpr float LO_SCALE = 2048.0f;
+__device__ __forceinline__ __half2 hi_of(float a, float b) { return __floats2half2_rn(a, b); }
+__device__ __forceinline__ __half2 lo_of(float a, float b, __half2 hi) {
+  return __floats2half2_rn(LO_SCALE * (a - __low2float(hi)), LO_SCALE * (b - __high2float(hi)));
+}
+
 // What a lane has of a row: of 8 pixels two, of two channels. Loads of a warp meet no bank twice.
 constexpr int UNIT_W = 8;
 static_assert(UNIT_W / 2 * WARP_CHANNELS / 2 == 32, "a lane's pixels");
@@ -572,36 +579,38 @@ __device__ __forceinline__ void take_over(Sums& sum, const Finish& of, const flo
 // wherever they begin in a sector: they move them round until each has what is its own in one, so
 // that a store of the warp is 8 whole sectors. What is left at both ends of the strip is one
 // sector's worth, parts of two that the neighbours complete. EVEN: rows start on 8 bytes and end
-// there, so two columns stay together. Else all first ones go, then all second ones: slower than in
-// turns (notebook 07).
+// there, so two columns stay together. Else two lanes' columns may have to meet, and stores of
+// pairs still are of 8 bytes: alone they cost half as much again (notebook 07).
 template <bool EVEN>
 __device__ __forceinline__ void store(const Sums& sum, const Out& out) {
-  const int quad = thread_again() % 4, mine = filter_again();
+  const int mine = filter_again();
   float* row = out.first + (long long)mine * out.plane;
-  const int skip = -(int)((unsigned long long)row >> 2) & 7;  // to a sector; the same 8 filters on
+  const int to_sector = -(int)((unsigned long long)row >> 2) & 7;  // the same 8 filters on
   #pragma unroll
   for (int eight = 0; eight < 2; ++eight) {
-    const int end = mine + 8 * eight < out.filters ? out.columns : 0;
-    // where two columns stay together, one turn moves them both
-    #pragma unroll 1
-    for (int turn = 0; turn < (EVEN ? 1 : 2); ++turn) {
-      const int first = skip + turn, column = first + 2 * quad;
+    const int quad = thread_again() % 4, end = mine + 8 * eight < out.filters ? out.columns : 0;
+    #pragma unroll
+    for (int j = 0; j < TILE_W; j += 8) {
+      // for odd rows worked out anew each time: registers
+      const int skip = EVEN ? to_sector : opaque(to_sector), column = skip + 2 * quad;
+      const bool odd = !EVEN && (skip & 1);
       // the lanes that have a lane's columns are so many further on, and may wrap
-      const bool next = quad < first / 2, second = !EVEN && (first & 1);
-      const int from = quad + first / 2 & 3;
-      #pragma unroll
-      for (int j = 0; j < TILE_W; j += 8) {
-        const float* const here = &sum[j / 2 + eight * 2];
-        const float* const there = &sum[(j + 8) % TILE_W / 2 + eight * 2];
-        const float a = next ? there[0] : here[0], b = next ? there[1] : here[1];
-        const int at = j + 8 == TILE_W ? (column + j) % TILE_W : column + j;
-        const float one = __shfl_sync(0xffffffffu, second ? b : a, from, 4);
-        if (EVEN) {
-          const float two = __shfl_sync(0xffffffffu, b, from, 4);
-          if (at < end) *reinterpret_cast<float2*>(row + at) = make_float2(one, two);
-        } else if (at < end) {
-          row[at] = one;
-        }
+      const int from = quad + skip / 2;
+      const bool next = quad < skip / 2, next_but_one = quad < (skip + 1) / 2;
+      const float* const here = &sum[j / 2 + eight * 2];
+      const float* const there = &sum[(j + 8) % TILE_W / 2 + eight * 2];
+      const float a = next ? there[0] : here[0], b = next ? there[1] : here[1];
+      const float c = next_but_one ? there[0] : here[0];
+      const float one = __shfl_sync(0xffffffffu, odd ? b : a, from & 3, 4);
+      const float two = __shfl_sync(0xffffffffu, odd ? c : b, from + odd & 3, 4);
+      const bool wraps = j + 8 == TILE_W;
+      const int at = wraps ? (column + j) % TILE_W : column + j;
+      const int next_at = wraps ? (at + 1) % TILE_W : at + 1;
+      if (next_at < end && (EVEN || next_at > at)) {
+        *reinterpret_cast<float2*>(row + at) = make_float2(one, two);
+      } else if (!EVEN) {
+        if (at < end) row[at] = one;
+        if (next_at < end) row[next_at] = two;
       }
     }
     row += 8ll * out.plane;
@@ -716,7 +725,7 @@ SOURCE = (
     + STATE
     + PLAN
     + PRODUCE
-    + HALVES_OF
+    + IN_ROW
     + CONVERT
     + WARP_ARRIVES
     + WEIGHTS
