@@ -132,8 +132,8 @@ struct Strip {
 
 struct RingState {
   // Stages: t1 and t2, t0, t3. Of a pair of warps, one in each warpgroup: m1 and m2 are handed
-  // over, and their places free again. turn: a warpgroup may start to multiply.
-  unsigned long long full[3], empty[3], handed[2][4], free[2][4], turn[2];
+  // over, and their places free again.
+  unsigned long long full[3], empty[3], handed[2][4], free[2][4];
   BadRows bad[ITEMS_UNDER_WAY];
   int scale, weights_bad, bad_runs;  // scale: the exponent that x is scaled by
   BadRun bad_run[MOST_BAD_RUNS];
@@ -151,7 +151,6 @@ struct RingState {
       mbarrier_init(shared_address(&handed[0][0] + i), 1);
       mbarrier_init(shared_address(&free[0][0] + i), 1);
     }
-    for (int i = 0; i < 2; ++i) mbarrier_init(shared_address(&turn[i]), GROUP / 32);
     for (int i = 0; i < ITEMS_UNDER_WAY; ++i) bad[i] = {INT_MAX, -1};
     for (Strip& one : strip) one.pairs = 0;
     weights_bad = 0;
@@ -487,8 +486,7 @@ __device__ __forceinline__ int filter_again() {
 
 // Starts 64 filters by 64 columns of one m: a transformed row, its slot, by the `t`th of the
 // warpgroup's two taps. First what has a lo half in it, 2^11 times too large: those sums are small,
-// and what tensor cores cut off when they add is small against the end result. Then it is the other
-// warpgroup's turn: it multiplies while this one waits, scales, and later stores.
+// and what tensor cores cut off when they add is small against the end result.
 template <int group, int t>
 __device__ __forceinline__ void multiply(Sums& sum, const Weights& a, unsigned char* shared,
                                          State* state, const Conv& c) {
@@ -518,7 +516,6 @@ __device__ __forceinline__ void multiply(Sums& sum, const Weights& a, unsigned c
     }
   }
   wgmma_commit();
-  warp_arrives(&state->turn[1 - group]);
   wgmma_wait<0>();
   #pragma unroll
   for (float& one : sum) one *= 1.0f / LO_SCALE;
@@ -651,7 +648,6 @@ __device__ __forceinline__ void work(const Weights& a, const float* __restrict__
       if (strip.row >= strip.rows) break;
       Sums sum;
       wait(&state->full[0], strip.pairs & 1);
-      wait(&state->turn[group], 0);
       multiply<group, 0>(sum, a, here, state, c);
       const Finish of(state);
       wgmma_wait<0>();
@@ -662,7 +658,6 @@ __device__ __forceinline__ void work(const Weights& a, const float* __restrict__
       warp_arrives(&state->handed[group][warp_again()]);
 
       wait(&state->full[1 + group], parity);
-      wait(&state->turn[group], 1);
       multiply<group, 1>(sum, a, here, state, c);
       wgmma_wait<0>();
       warp_arrives(&state->empty[1 + group]);
@@ -705,7 +700,6 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
   if (group == 0) {
     work<0, EVEN>(a, x, w, y, c, plan, blocks_k, shared, state);
   } else {
-    warp_arrives(&state->turn[0]);
     work<1, EVEN>(a, x, w, y, c, plan, blocks_k, shared, state);
   }
 }
