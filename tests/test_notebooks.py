@@ -125,7 +125,11 @@ def words_of_08_and_09() -> dict[str, str]:
         n: [100 * (longer("pitch", columns, n) - 1) for columns in ("1021 of 1023", "1023 of 1025")]
         for n in ("k06", "k07", "k08")
     }
-    worse = odd["k06"] + odd["k08"]
+
+    def span(percents: list[float]) -> str:
+        least, most = (f"{by:.0f}" for by in (min(percents), max(percents)))
+        return f"{least} %" if least == most else f"{least} to {most} %"
+
     by_4 = 100 * (longer("pitch", "1024 of 1026", "k08") - 1)
     rows = comparison.load_layers().rows
     forward = [row.ratio for row in rows if row.runs and not row.training]
@@ -143,8 +147,7 @@ def words_of_08_and_09() -> dict[str, str]:
     memory = asymmetry.load()["growth"].made["memory_bytes"] / 1e9
     square = 100 * (longer("aspect", "724×724", "k07") - 1)
     return {
-        f"k07 {min(odd['k07']):.0f} to {max(odd['k07']):.0f} %, "
-        f"k06 and k08 {min(worse):.0f} to {max(worse):.0f} %": "08_asymmetry",
+        f"k07 {span(odd['k07'])}, k08 {span(odd['k08'])}, k06 {span(odd['k06'])}": "08_asymmetry",
         f"must copy by 4: {by_4:.0f} % at 1026": "08_asymmetry",
         f"k07 takes {square:.0f} % longer where": "08_asymmetry",
         f"k07 takes {longer('aspect', '8192×64', 'k07'):.2f} times its time": "08_asymmetry",
