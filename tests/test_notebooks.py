@@ -72,7 +72,7 @@ def test_every_rung_has_its_notebook_that_shows_and_checks_it() -> None:
         assert rung.number in text
 
 
-def words_of_05_to_07() -> dict[str, str]:
+def words_of_00_to_07() -> dict[str, str]:
     """Sentences with numbers, as the records give them."""
     ladder, strips = record.load(), record.load(record.DATA_FOLDER / "strips.json")
     ours, theirs = ladder["k07"].median, ladder["nn.Conv2d"].median
@@ -93,7 +93,17 @@ def words_of_05_to_07() -> dict[str, str]:
     assert faster >= 3.2
     assert k08 <= 2.8
     channels_last = ladder["channels_last"].median
+    k04 = [t for t in record.load(record.VARIANTS).timings if t.name.startswith("k04")]
+    tiles = {(t.defines["TILE_H"], t.defines["TILE_W"]): t.median for t in k04}
+    wide = [100 * (tiles[w, h] / tiles[h, w] - 1) for h, w in ((8, 32), (16, 32))]
+    behind = 100 * (tiles[8, 32] / min(tiles.values()) - 1)
+    tf32 = ladder.shape.flops / ladder["matmul tf32"].tflops / 1e9
     return {
+        f"PyTorch's default needs {theirs / floor:.1f} times what the memory needs": "00_problem",
+        f"at {strict / theirs:.1f} times the time": "00_problem",
+        f"in TF32 too ({tf32:.1f} ms)": "00_problem",
+        f"worth at this rung: {min(wide):.0f} to {max(wide):.0f} %": "03_shared_memory",
+        f"8 × 32, is {behind:.0f} % behind": "03_shared_memory",
         f"it takes {channels_last:.1f} ms in the same run": "05_tensor_cores",
         f"{part:.2f} ms become {whole:.2f}": "06_hopper",
         f"**{whole:.2f} ms** in the record above, and {whole / alone:.2f} times": "06_hopper",
@@ -167,7 +177,7 @@ def words_of_08_and_09() -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("words", [words_of_05_to_07, words_of_08_and_09])
+@pytest.mark.parametrize("words", [words_of_00_to_07, words_of_08_and_09])
 def test_what_they_say_in_words_is_what_the_records_give(words: Callable[[], dict]) -> None:
     for sentence, stem in words().items():
         notebook = nbformat.read(study.notebooks()[IDS.index(stem)], as_version=4)
