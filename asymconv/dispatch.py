@@ -126,6 +126,12 @@ class Win:
         return None
 
 
+def _pixels_out(input_shape: Sequence[int], padding: Pair) -> int:
+    """Output pixels of all images, for a 3×3 kernel of stride and dilation 1."""
+    batch, _, height, width = input_shape
+    return batch * (height + 2 * padding[0] - 2) * (width + 2 * padding[1] - 2)
+
+
 STRIP_WIDTH = 128
 """Columns that a block of k05 and of k07 computes at once."""
 
@@ -260,7 +266,13 @@ def hopeless(
     one look-up, which costs a microsecond.
     """
     pairs = pairs_of(weight_shape, stride, padding, dilation)
-    if pairs is None:
+    if pairs is None or len(input_shape) != 4 or len(weight_shape) != 4 or len(pairs[1]) != 2:
+        return True
+    # most answers need no more, and a network whose sizes change asks often
+    if all(win.misses_layer(weight_shape, pairs[0], pairs[2]) for win in WINS):
+        return True
+    pixels = _pixels_out(input_shape, pairs[1])
+    if pixels < min(win.pixels for win in WINS):
         return True
     sizes = (input_shape, weight_shape, None, *pairs, groups)
     return not any(
@@ -421,8 +433,7 @@ def may_win(
     if not x.is_cuda or torch.version.hip or groups != 1:
         return False, None
     capability = capability_of(x.device.index)
-    n, channels, h, w = x.shape
-    pixels = n * (h + 2 * padding[0] - 2) * (w + 2 * padding[1] - 2)
+    channels, pixels = x.shape[1], _pixels_out(x.shape, padding)
     machine = None
     for win in WINS:
         low, high = win.in_channels

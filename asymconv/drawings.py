@@ -224,7 +224,7 @@ def row_starts(shape: ConvShape, rows: int = 5, sectors: int = 5, sector: int = 
                 axes.plot([x, x], [y - 2, y + 20], color=INK, linewidth=1.4)
         _write(axes, left, 26 * rows + 12, "column of the output row", color=SOFT)
         x = left + cell * sector
-        _write(axes, x + 150, 26 * rows + 12, "left to the strip before", color="#3A6EA5")
+        _write(axes, x + 150, 26 * rows + 12, "left to the row above", color="#3A6EA5")
         _write(axes, x + 290, 26 * rows + 12, "this strip's, whole sectors", color="#9A6A10")
     return figure
 

@@ -25,17 +25,20 @@ class Conv2d(nn.Conv2d):
     Raises what nn.Conv2d raises, for the same arguments and inputs.
     """
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Convolve input (N, C, H, W) or (C, H, W)."""
-        if torch.jit.is_scripting():  # TorchScript compiles PyTorch's own
-            return self._conv_forward(input, self.weight, self.bias)
+    # what nn.Conv2d.forward calls, and what subclasses and patches replace
+    def _conv_forward(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if torch.jit.is_scripting():  # TorchScript compiles PyTorch's own functions
+            stride, dilation, groups = self.stride, self.dilation, self.groups
+            if self.padding_mode != "zeros":
+                sides = self._reversed_padding_repeated_twice
+                padded = F.pad(input, sides, mode=self.padding_mode)
+                return F.conv2d(padded, weight, bias, stride, (0, 0), dilation, groups)
+            return F.conv2d(input, weight, bias, stride, self.padding, dilation, groups)
         else:
-            return _forward(self, input)
-
-
-def _forward(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    x, padding = _padded(layer, x)
-    return conv2d(x, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+            x, padding = _padded(self, input)
+            return conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
 def _padded(layer: nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int] | str]:
@@ -51,8 +54,8 @@ def convert(model: Module) -> Module:
 
     The layers stay the same objects: parameters, buffers, hooks, parametrizations, names and the
     train or eval mode are untouched. Subclasses of nn.Conv2d keep their own ways (lazy layers
-    too, until their first call has made them an nn.Conv2d), and compiled or scripted modules
-    stay as they are.
+    too, until their first call has made them an nn.Conv2d), and scripted modules stay as they are.
+    Of a compiled module the layers inside are changed, and it compiles anew.
 
     Args:
         model: any nn.Module, itself an nn.Conv2d too.
@@ -95,4 +98,4 @@ def explain(x: torch.Tensor, layer: nn.Module) -> str:
     weight, bias = layer.weight, layer.bias
     decision, *_ = decide_call(x, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
     name = decision.rung.name if decision.rung else "PyTorch's own"
-    return f"{name}: {decision.reason}"
+    return f"{name}: {decision.reason.splitlines()[0]}"  # a compiler's lines are in the warning

@@ -84,6 +84,8 @@ def _kernel(rung: Rung, device: torch.device) -> build.Kernel | str:
                     found = build.load(rung, device.type, device=device)
                 except build.BuildError as error:
                     found = str(error)
+                except OSError as error:  # no cache folder, a broken compiler or library
+                    found = f"{rung.name} could not be built or loaded: {error}"
                 _kernels[key] = found
     return found
 
@@ -169,7 +171,8 @@ def _operator(x, weight, bias, arguments):
 
 
 def _autograd(x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-    if _differentiates_otherwise():
+    # of one image, or of complex numbers, convolution_backward knows nothing
+    if _differentiates_otherwise() or x.dim() != 4 or x.is_complex():
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return _operator(x, weight, bias, (stride, padding, dilation, groups))
 
@@ -210,8 +213,6 @@ def _only_pytorch(device: str, stride, padding, dilation, groups) -> str | None:
     """What is going on that only PyTorch's own convolution knows of, or None."""
     if torch.is_autocast_enabled(device):
         return "autocast computes in another dtype"
-    if reason := _differentiates_otherwise():
-        return reason
     (a, b), (c, d), (e, f) = stride, padding, dilation
     if not type(a) is type(b) is type(c) is type(d) is type(e) is type(f) is type(groups) is int:
         return "arguments that are not of type int"  # equal to ints, refused or not
@@ -251,6 +252,8 @@ def decide_call(
         type(x) in _PLAIN and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
     ):
         return Decision(None, "a subclass of torch.Tensor, or no tensor"), (), None
+    if reason := _differentiates_otherwise():  # a tensor within vmap does not say how it lies
+        return Decision(None, reason), (), None
     pairs = pairs_of(weight.shape, stride, padding, dilation)
     if pairs is None:
         return Decision(None, f"padding {padding!r} that needs a copy, or is refused"), (), None
@@ -319,15 +322,13 @@ def conv2d(
         )
     if torch.compiler.is_compiling():
         pairs = pairs_of(weight.shape, stride, padding, dilation)
-        if (
-            pairs is not None
-            and not torch.onnx.is_in_onnx_export()  # a standard file holds standard operators
-            and not torch.is_autocast_enabled(x.device.type)
-        ):
+        # a standard file holds standard operators
+        if pairs is not None and not torch.onnx.is_in_onnx_export():
             wins, machine = may_win(x, weight, *pairs, groups)
-            if wins:
-                return torch.ops.asymconv.conv2d(x, weight, bias, *pairs, groups)
-            if machine is not None:
+            # asked second: of a device that autocast does not know it would be an error
+            if (wins or machine is not None) and not torch.is_autocast_enabled(x.device.type):
+                if wins:
+                    return torch.ops.asymconv.conv2d(x, weight, bias, *pairs, groups)
                 _warn_while_tracing(machine)
     elif (
         type(x) in _PLAIN

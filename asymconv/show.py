@@ -363,9 +363,9 @@ _LABELS = {
     "dram_percent": "device memory busy",
     "dram_read_bytes": "read from device memory",
     "dram_write_bytes": "written to device memory",
-    "fma_percent": "fp32 units busy",
+    "fma_percent": "fp32 units busy, with addresses too",
     "lsu_percent": "load/store units busy",
-    "tensor_percent": "tensor cores busy",
+    "tensor_percent": "tensor cores' instructions, of what can be issued",
     "occupancy_percent": "warps there, of 64 an SM can have",
 }
 
@@ -419,16 +419,6 @@ def variants(of: record.Record, rung: str, names: Sequence[str]) -> Markdown:
     return table((*names, "median, ms"), rows)
 
 
-def all_variants(of: record.Record, rung: str) -> Markdown:
-    """Times of a rung with each of its other constants, whatever they are called."""
-    rows = [
-        (", ".join(f"{name} {value}" for name, value in t.defines.items()), f"{t.median:.3f}")
-        for t in of.timings
-        if t.name.startswith(rung)
-    ]
-    return table((rung, "ms"), rows)
-
-
 def halo(rung: Rung, tiles: Sequence[tuple[int, int]], shape: ConvShape) -> Markdown:
     """What each tile of a rung (TILE_H, TILE_W) fetches, counted on the CPU, for an output pixel.
 
@@ -450,9 +440,9 @@ def halo(rung: Rung, tiles: Sequence[tuple[int, int]], shape: ConvShape) -> Mark
         rows.append((f"{height} × {width}", f"{values:.2f}", f"{floats:.2f}", rounds))
     headers = (
         "tile",
-        "values a pixel",
+        "floats fetched a pixel",
         "sectors a pixel, in floats",
-        "wavefronts to read the tile",
+        "wavefronts a read of the tile",
     )
     return table(headers, rows)
 

@@ -72,7 +72,7 @@ def ladder_rich(record: Record) -> Table:
     return table
 
 
-FLOOR_HEADERS = ("at the measured rate of", "least ms")
+FLOOR_HEADERS = ("at the measured rate of", "needs ms")
 
 
 def floor_rows(record: Record, shape: ConvShape | None = None) -> Iterator[tuple[str, str]]:

@@ -285,6 +285,31 @@ def test_on_meta_and_fake_tensors() -> None:
         OPERATOR(x, weight[:, :3])
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_graphs_where_no_rung_runs(device: str) -> None:
+    """A device that autocast does not know is not asked for it."""
+    ours, x = Conv2d(4, 6, 3, device=device), torch.rand(2, 4, 8, 16, device=device)
+    graph = torch.export.export(ours, (x,)).graph
+    assert [str(n.target) for n in graph.nodes if n.op == "call_function"] == [
+        "aten.conv2d.default"
+    ]
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    assert compiled(x).shape == ours(x).shape == (2, 6, 6, 14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_the_operators_gradients_where_only_pytorch_has_them(dtype: torch.dtype) -> None:
+    """Of one image without a batch, and of complex numbers."""
+    x, weight = torch.randn(4, 8, 16, dtype=dtype), torch.randn(6, 4, 3, 3, dtype=dtype)
+    for image in (x, x[None]):
+        grads = []
+        for run in (OPERATOR, torch.conv2d):
+            both = [t.clone().requires_grad_() for t in (image, weight)]
+            grads.append(torch.autograd.grad(run(*both).abs().square().sum(), both))
+        for own, other in zip(*grads, strict=True):
+            assert torch.equal(own, other)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_whole_forward_and_backward(by_k05: None, device: str, used: list[str]) -> None:
     theirs, ours = pair(device, **SERVED)
@@ -411,6 +436,9 @@ def test_transforms_of_torch_func(by_k05: None, device: str) -> None:
     x, weight, bias = xs[0], ours.weight.detach(), ours.bias.detach()
     for run in (ours, lambda x: OPERATOR(x, weight, bias)):
         close(torch.vmap(run)(xs), torch.vmap(theirs)(xs))
+        for last in (1, 4):  # a sample is no contiguous piece of memory
+            moved = xs.movedim(0, last).contiguous()
+            close(torch.vmap(run, last)(moved), torch.vmap(theirs, last)(moved))
         close(torch.func.grad(lambda x, r=run: r(x).square().sum())(x),
               torch.func.grad(lambda x: theirs(x).square().sum())(x))  # fmt: skip
         close(torch.func.jvp(run, (x,), (x,))[1], torch.func.jvp(theirs, (x,), (x,))[1])
@@ -475,6 +503,14 @@ def test_torchscript_takes_pytorchs_own_layer(by_k05: None) -> None:
         assert "asymconv::" not in str(script.inlined_graph)
         close(script(x), network(x), 100)
     assert type(network[0]) is Conv2d
+    for arguments in (
+        dict(padding="same"),
+        dict(padding="valid", bias=False),
+        dict(padding="same", padding_mode="circular"),
+        dict(padding=(2, 1), padding_mode="reflect", stride=2),
+    ):
+        theirs, ours = pair(in_channels=4, out_channels=6, kernel_size=3, **arguments)
+        close(torch.jit.script(ours)(x), theirs(x))
 
 
 def test_tools_that_look_inside(by_k05: None, used: list[str], tmp_path) -> None:
@@ -770,6 +806,25 @@ class Own(nn.Conv2d):
         return 2 * super().forward(input)
 
 
+class Scaled(Conv2d):
+    """A subclass that changes what nn.Conv2d's subclasses change: not forward."""
+
+    def _conv_forward(self, input, weight, bias):
+        return 2 * super()._conv_forward(input, weight, bias)
+
+
+def test_a_conv_forward_of_its_own_is_called(by_k05: None, used: list[str]) -> None:
+    x = torch.rand(1, 4, 8, 16)
+    theirs, ours = pair(**SERVED)
+    ours.__class__ = Scaled
+    close(ours(x), 2 * theirs(x))
+    assert used == ["k05"]
+    of_class = nn.Conv2d._conv_forward
+    theirs._conv_forward = lambda i, w, b: 3 * of_class(theirs, i, w, b)
+    expected = theirs(x)
+    assert torch.equal(convert(theirs)(x), expected)
+
+
 def test_convert_on_layers_that_are_not_plain(by_k05: None, used: list[str]) -> None:
     x = torch.rand(1, 4, 8, 16)
     lone = nn.Conv2d(**SERVED)
@@ -792,6 +847,12 @@ def test_convert_on_layers_that_are_not_plain(by_k05: None, used: list[str]) -> 
     convert(lazy)(x)
     assert type(lazy[0]) is nn.Conv2d
     assert type(convert(lazy)[0]) is Conv2d
+    network = nn.Sequential(nn.Conv2d(**SERVED))
+    inside = torch.compile(network, backend="eager")
+    expected = inside(x)
+    assert type(convert(inside)._orig_mod[0]) is Conv2d
+    close(inside(x), expected)
+
     transposed = convert(nn.Sequential(nn.ConvTranspose2d(4, 6, 3), nn.Conv1d(4, 6, 3)))
     assert not any(isinstance(m, Conv2d) for m in transposed)
 
@@ -840,10 +901,10 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(op, "_warned", set())
 
 
-def first_calls(count: int) -> list[torch.Tensor]:
+def first_calls(count: int, device: str = "cpu") -> list[torch.Tensor]:
     """Calls of one layer from so many threads at once: their outputs."""
-    theirs, ours = pair(**SERVED)
-    x = torch.rand(2, 4, 8, 16)
+    theirs, ours = pair(device, **SERVED)
+    x = torch.rand(2, 4, 8, 16, device=device)
     barrier, results = threading.Barrier(count), []
 
     def call() -> None:
@@ -860,8 +921,11 @@ def first_calls(count: int) -> list[torch.Tensor]:
     return results
 
 
-def test_first_use_from_many_threads(by_k05: None, fresh: None, used: list[str], tmp_path) -> None:
-    assert len(first_calls(8)) == 8
+@pytest.mark.parametrize("device", DEVICES)
+def test_first_use_from_many_threads(
+    by_k05: None, fresh: None, device: str, used: list[str], tmp_path
+) -> None:
+    assert len(first_calls(8, device)) == 8
     assert used == ["k05"] * 8
     assert len([p for p in tmp_path.iterdir() if p.name.startswith("k05") and p.is_dir()]) == 1
 
@@ -911,6 +975,47 @@ def test_without_a_compiler_one_warning_from_many_threads(
     assert explained == "PyTorch's own: no C++ compiler: 'g++' is not on PATH"
     assert not used
     assert len(tried) == 1, "what is missing is looked for once"
+
+
+@pytest.mark.parametrize("broken", ["a file", "no folder", "no library"])
+def test_a_cache_that_does_not_work_is_one_warning(
+    by_k05: None, fresh: None, monkeypatch: pytest.MonkeyPatch, broken: str, tmp_path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    if broken == "no library":
+        build.load(get_rung("k05"), "cpu")
+        for built in list(tmp_path.rglob("*.so")):  # elsewhere: what is loaded stays loaded
+            copied = tmp_path / "copy" / built.relative_to(tmp_path)
+            copied.parent.mkdir(parents=True)
+            copied.write_text("this is no library")
+        monkeypatch.setenv("ASYMCONV_CACHE", str(tmp_path / "copy"))
+        monkeypatch.setattr(build, "_loaded", {})
+    else:
+        monkeypatch.setenv("ASYMCONV_CACHE", str(file if broken == "a file" else file / "in"))
+    theirs, ours = pair(**SERVED)
+    x = torch.rand(2, 4, 8, 16)
+    with pytest.warns(RuntimeWarning, match="k05_register_tile could not be built or loaded"):
+        first = ours(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = ours(x)
+        line = explain(x, ours)
+    assert torch.equal(first, theirs(x)) and torch.equal(second, first)
+    assert line.startswith("PyTorch's own: k05_register_tile could not be built or loaded: ")
+    assert "\n" not in line
+
+
+def test_what_a_compiler_said_is_in_the_warning_and_explain_is_one_line(
+    by_k05: None, fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: object, **kwargs: object) -> None:
+        raise build.CompileError("g++ failed (1):\nkernel.cpp:3: error: no such thing")
+
+    monkeypatch.setattr(build, "_build_cpu", refused)
+    with pytest.warns(RuntimeWarning, match="no such thing"):
+        line = explain(torch.rand(2, 4, 8, 16), Conv2d(**SERVED))
+    assert line == "PyTorch's own: g++ failed (1):"
 
 
 def test_an_older_gpu_warns_once(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:

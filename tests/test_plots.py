@@ -96,7 +96,7 @@ def test_the_ladders_title_is_true_of_a_slow_ladder(sample: record.Record) -> No
 
 def test_the_roofline_stands_at_counted_bytes(sample: record.Record) -> None:
     allowed = CONTRACT.flops / 1e9  # TFLOP/s if the least bytes take the copy's 1 ms
-    assert f"Memory allows {allowed:.0f} TFLOP/s here: k07 reaches 307" in plots.svg(
+    assert f"A copy's rate allows {allowed:.0f} TFLOP/s here: k07 reaches 307" in plots.svg(
         plots.roofline(sample)
     )
     [axes] = plots.roofline(sample, {"k01": 10 * CONTRACT.least_bytes}).axes

@@ -109,7 +109,7 @@ def sectors(
         figure, axes = canvas(
             height,
             title,
-            "Boxes are the 32-byte sectors of each 128-byte line that the 32 lanes touch.",
+            "A bar is a 128-byte line, its quarters are sectors of 32 bytes; filled: lanes' bytes.",
             [source],
         )
         y = height - 4
@@ -181,8 +181,8 @@ def _draw_key(axes: Axes, ink: str) -> None:
     x, y = MARGIN, 12.0
     for face, text in (
         (ink, "bytes used"),
-        (_FETCHED, "fetched, not used"),
-        ("white", "not fetched"),
+        (_FETCHED, "touched, not used"),
+        ("white", "not touched"),
     ):
         draw_box(axes, x, y, 14, 10, facecolor=face, edgecolor=SOFT, linewidth=0.6)
         write_note(axes, x + 19, y + 1.5, text, color=SOFT)

@@ -220,6 +220,7 @@ def error_and_time(record: Record, source: str = records.LADDER.name) -> Figure:
         f"with {PRECISIONS.get(precision, precision)}'s error: {short_name(t.name)}, "
         f"{milliseconds(t.median)}"
         for precision, t in fastest.items()
+        if precision in {t.precision for t in record.of_kind("rung")}
     ]
     title = "Fastest " + "; ".join(parts)
     subtitle = "Error against float64 over the time of one forward pass; less of both is better."

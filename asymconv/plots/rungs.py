@@ -154,7 +154,7 @@ def roofline(
     allowed = bandwidth * shape.intensity
     best, peer = fastest_rung(record), record["nn.Conv2d"]
     roofs = {name: record[name].tflops for name in ROOFS}
-    limit = "Memory" if allowed <= max(roofs.values()) else "Arithmetic"
+    limit = "A copy's rate" if allowed <= max(roofs.values()) else "Arithmetic"
     allowed = min(allowed, max(roofs.values()))
     title = (
         f"{limit} allows {significant(allowed)} TFLOP/s here: {short_name(best.name)} reaches "
