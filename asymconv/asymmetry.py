@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -490,8 +489,3 @@ def spread(values: Sequence[float | None]) -> float:
     """Largest over smallest of what was measured. Raises ValueError if nothing was."""
     there = [value for value in values if value is not None]
     return max(there) / min(there)
-
-
-def typical(values: Sequence[float]) -> float:
-    """Their geometric mean. Raises StatisticsError if there are none."""
-    return statistics.geometric_mean(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,6 +38,13 @@ def _need_gpu(command: str) -> None:
 
     if not torch.cuda.is_available():
         raise _fail(f"{command} needs a GPU and finds none; `asymconv info` says what is missing")
+
+
+def _only_elsewhere(option: str, output: Path | None) -> None:
+    """A part must not take the place of the published whole."""
+    if output is None:
+        message = f"is needed to record a part ({option}): the whole record would be lost"
+        raise typer.BadParameter(message, param_hint="--output")
 
 
 def _rungs(names: str) -> Sequence[Rung]:
@@ -146,8 +154,8 @@ def bench(
     """Check and time the ladder against nn.Conv2d and the ceilings on this GPU.
 
     On the contract's convolution, or on a layer of your own: --shape 8,64,512,1024
-    --out-channels 128 --kernel 3. Says which rung ModelNew takes. A record has every other way
-    to have PyTorch compute it, too.
+    --out-channels 128 --kernel 3. Says which rung ModelNew takes. Other ways to have PyTorch
+    compute it are timed, too; torch.compile, which takes long, for a record only.
     """
     import torch
 
@@ -177,13 +185,20 @@ def bench(
         layer = CONTRACT
     if record and layer != CONTRACT and output is None:
         raise typer.BadParameter("is needed to record another layer", param_hint="--output")
+    if record and rungs:
+        _only_elsewhere("--rungs", output)
     chosen = _rungs(rungs)
     if not torch.cuda.is_available():
         _print_untimed(layer, chosen)
-    _need_gpu("timing")
+        if not record:
+            console.print("Not timed: no GPU is here; `asymconv info` says what is missing")
+            return
+    _need_gpu("a record")
     with console.status("checking, then timing"):
         try:
-            peers = measure.ALL_PEERS if record else measure.PEERS
+            peers = measure.ALL_PEERS
+            if not record:
+                peers = tuple(peer for peer in peers if peer not in measure.COMPILED)
             result = records.measure_ladder(layer, chosen, peers)
         except (AssertionError, RuntimeError) as error:  # wrong, or out of memory
             raise _fail(f"{layer}: {error}") from error
@@ -211,6 +226,8 @@ def sweep(
     from asymconv import record as records
     from asymconv.problem import CONTRACT
 
+    if record and rungs:
+        _only_elsewhere("--rungs", output)
     _need_gpu("sweep")
     shape = CONTRACT.with_(batch=2)
     with console.status("building, checking, timing"):
@@ -288,6 +305,9 @@ def profile(
     jobs = [(rung, shape, {}) for rung in _rungs(rungs) for shape in (CONTRACT, profiler.PROOF)]
     for text in also:
         name, _, constants = text.partition(":")
+        if not re.fullmatch(r"(\w+=\d+)(,\w+=\d+)*", constants):
+            message = f"{text!r} is not a rung and constants like k04:TILE_H=4,TILE_W=64"
+            raise typer.BadParameter(message, param_hint="--also")
         defines = {k: int(v) for k, v in (c.split("=") for c in constants.split(","))}
         jobs.append((_rungs(name)[0], CONTRACT, defines))
     taken, path = [], output or profiler.COUNTERS
@@ -320,6 +340,8 @@ def layers(
     from asymconv import comparison, tables
     from asymconv.real_layers import LAYERS
 
+    if record and only:
+        _only_elsewhere("--only", output)
     _need_gpu("layers")
     chosen = [layer for layer in LAYERS if only.lower() in f"{layer.data}, {layer.network}".lower()]
     if not chosen:

@@ -169,7 +169,7 @@ class Peer:
 
 PEERS = (
     Peer("nn.Conv2d", "PyTorch's default, TF32", "tf32"),
-    Peer("nn.Conv2d, strict fp32", "TF32 forbidden", "fp32", benchmark=True),
+    Peer("nn.Conv2d, strict fp32", "TF32 forbidden, cuDNN's fastest", "fp32", benchmark=True),
 )
 """nn.Conv2d as PyTorch ships it (TF32 allowed), and with TF32 forbidden and cudnn.benchmark."""
 

@@ -102,7 +102,9 @@ class ConvShape:
         if self.in_channels % self.groups or self.out_channels % self.groups:
             raise ValueError(f"in_channels and out_channels must be divisible by groups: {self}")
         if min(*self.kernel, *self.stride, *self.dilation) < 1 or min(self.padding) < 0:
-            raise ValueError(f"kernel, stride and dilation must be positive: {self}")
+            raise ValueError(
+                f"kernel, stride and dilation must be positive, padding at least 0: {self}"
+            )
         if self.out_height < 1 or self.out_width < 1:
             raise ValueError(f"the kernel is larger than the padded input: {self}")
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from asymconv import comparison, dispatch, record
+from asymconv import asymmetry, comparison, dispatch, record
 from asymconv.dispatch import WINS, Facts, decide, hopeless, pairs_of, shape_of
 from asymconv.kernels import RUNGS, get_rung
 from asymconv.measure import convolution_flags
@@ -50,7 +50,9 @@ CASES = {
     "channels_last": (facts(layout="channels_last"), None, "channels_last: rungs read"),
     "strided": (facts(layout="strided"), None, "nothing is copied"),
     "few pixels": (facts(CONTRACT.with_(batch=1, height=66, width=130)), None, "output pixels"),
-    "narrow": (facts(CONTRACT.with_(width=140)), None, "columns fill its strips"),
+    "narrow": (facts(CONTRACT.with_(width=140)), "k07", "faster here"),
+    "too narrow": (facts(CONTRACT.with_(width=34, height=9000)), None, "fill its strips of 128"),
+    "too narrow for k07": (facts(CONTRACT.with_(width=34, height=9000), tf32=False), "k08", ""),
     "an image's channels": (facts(CONTRACT.with_(in_channels=3)), None, "3 input channels"),
     "many channels": (facts(CONTRACT.with_(in_channels=128)), None, "128 input channels"),
     "few filters": (facts(CONTRACT.with_(out_channels=19)), None, "19 output channels"),
@@ -284,6 +286,19 @@ class TestRecords:
         assert min(row.ratio for row in rows if row.runs) >= 1.05, (
             "clearly faster where a rung runs"
         )
+
+    @pytest.mark.parametrize("series", ["aspect", "strips", "pitch", "batch"])
+    def test_decisions_are_what_the_series_of_shapes_showed(self, series: str) -> None:
+        """A rung runs where it was faster, and where it was twice as fast it runs."""
+        for row in asymmetry.load()[series].rows:
+            if row.shape.out_channels != CONTRACT.out_channels:
+                continue
+            at = {t.name: t.median for t in row.timings if not t.defines}
+            for win in WINS:
+                peer = at["nn.Conv2d" if win.tf32 else "nn.Conv2d, strict fp32"]
+                faster = peer / at[get_rung(win.rung).name]
+                served = decide(facts(row.shape, tf32=win.tf32)).rung
+                assert (served is not None) == (faster >= 2), (row.shape, win.rung, faster)
 
 
 def test_the_list_of_layers_has_every_kind() -> None:

@@ -1,13 +1,21 @@
-"""The HTML pages: every link leads somewhere, nothing comes from elsewhere, a browser shows them.
+"""The HTML pages: every link leads somewhere, nothing comes from elsewhere; and in a browser, these
+pages, and the notebooks in JupyterLab.
 
-The browser's test wants Chromium or Chrome with its chromedriver on PATH (Debian's packages
-chromium and chromium-driver); without them it is skipped, the others are not.
+The browser's tests want Chromium or Chrome with its chromedriver on PATH (Debian's packages
+chromium and chromium-driver); without them they are skipped, the others are not.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -153,7 +161,7 @@ def browser() -> Iterator[object]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     for argument in ("headless=new", "no-sandbox", "disable-gpu", "window-size=1100,900"):
         options.add_argument(f"--{argument}")
-    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
     service = webdriver.chrome.service.Service(driver)
     with webdriver.Chrome(options=options, service=service) as opened:
         opened.set_page_load_timeout(60)
@@ -197,3 +205,80 @@ def test_a_reader_clicks_through_it(site: Path, browser) -> None:
         browser.find_element("link text", title).click()
         assert browser.title == title
         browser.back()
+
+
+# --- in JupyterLab -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lab(browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a JupyterLab whose folder holds copies of the notebooks."""
+    pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(study.NOTEBOOKS, folder / "notebooks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"]
+    command += ["--ip=127.0.0.1", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
+    settings = {**os.environ, "JUPYTER_CONFIG_DIR": str(folder / "config")}
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=settings)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api"):
+                break
+            time.sleep(0.5)
+        else:
+            pytest.fail((folder / "log").read_text()[-2000:])
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+PANEL = "document.querySelector('.jp-WindowedPanel-outer')"
+CUT_OFF = (
+    "return [...document.querySelectorAll('.jp-OutputArea-output, .jp-RenderedMarkdown')]"
+    ".filter(e => e.scrollWidth > e.clientWidth + 2).map(e => e.innerText.slice(0, 60))"
+)
+ERRORS = (
+    "return [...document.querySelectorAll("
+    "'[data-mime-type=\"application/vnd.jupyter.stderr\"], .jp-RenderedText[data-mime-type*=error]'"
+    ")].map(e => e.innerText.slice(0, 60))"
+)
+SEEN = "return [...document.querySelectorAll('.jp-Notebook .jp-Cell')].map(c => c.innerText)"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_whole_in_jupyterlab(lab: str, browser, path: Path) -> None:
+    """From the first to the last cell: nothing is cut off, no output is an error."""
+    cells = nbformat.read(path, as_version=4).cells
+    title = cells[0].source.splitlines()[0].lstrip("# ")
+    browser.set_window_size(1280, 1000)
+    browser.get(f"{lab}/doc/tree/notebooks/{path.name}?reset")
+    for _ in range(120):
+        if browser.execute_script(f"return !!{PANEL}") and title in "".join(
+            browser.execute_script(SEEN)
+        ):
+            break
+        time.sleep(0.5)
+    else:
+        pytest.fail(f"{title} did not appear")
+    seen, top = "", 0
+    while True:  # cells are drawn as they come into view
+        browser.execute_script(f"{PANEL}.scrollTop = {top}")
+        time.sleep(0.5)
+        seen += "".join(browser.execute_script(SEEN))
+        assert browser.execute_script(CUT_OFF) == []
+        assert browser.execute_script(ERRORS) == []
+        height, view = browser.execute_script(
+            f"return [{PANEL}.scrollHeight, {PANEL}.clientHeight]"
+        )
+        if top + view >= height:
+            break
+        top += view - 100
+    browser.set_window_size(1100, 900)
+    last = next(c for c in reversed(cells) if c.cell_type == "code")
+    assert last.source.splitlines()[-1].strip() in seen, "the end was not reached"

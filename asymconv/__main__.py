@@ -1,0 +1,5 @@
+"""``python -m asymconv`` is the command ``asymconv``."""
+
+from asymconv.cli import app
+
+app()
