@@ -7,7 +7,6 @@ machine that computes alike, so a record may hold what a CPU computed; it says w
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -357,8 +356,7 @@ class Accuracy:
 
     def save(self, path: Path) -> None:
         """Write the record; the file is whole or not there."""
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
-        record.write_atomically(path, text + "\n")
+        record.write_json(path, asdict(self))
 
 
 def load(path: Path = RECORD) -> Accuracy:
@@ -367,9 +365,7 @@ def load(path: Path = RECORD) -> Accuracy:
     Raises:
         FileNotFoundError: there is none; says how to make it.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no record {path}: it is made by `asymconv accuracy --record`")
-    data = json.loads(path.read_text())
+    data = record.read_json(path, "asymconv accuracy --record")
     growth = {m: {int(c): e for c, e in of.items()} for m, of in data["growth"].items()}
     errors = tuple(Errors(**e) for e in data["errors"])
     return Accuracy(data["made"], ConvShape(**data["shape"]), errors, growth, data["ranges"])

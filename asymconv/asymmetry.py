@@ -8,7 +8,6 @@ figures/data/asymmetry.json; each series in it is of one run.
 from __future__ import annotations
 
 import gc
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -318,7 +317,7 @@ def save(record: Asymmetry, path: Path = RECORD) -> None:
             for name, measured in record.items()
         },
     }
-    records.write_atomically(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    records.write_json(path, data)
 
 
 def load(path: Path = RECORD) -> dict[str, Measured]:
@@ -328,12 +327,7 @@ def load(path: Path = RECORD) -> dict[str, Measured]:
         FileNotFoundError: there is none; says how to make it.
         ValueError: it is of another format.
     """
-    if not path.exists():
-        command = "asymconv asymmetry --record"
-        raise FileNotFoundError(f"no record {path}: it is made on a GPU by `{command}`")
-    data = json.loads(path.read_text())
-    if data.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {data.get('format')}, this version reads {FORMAT}")
+    data = records.read_json(path, "asymconv asymmetry --record", FORMAT)
     record = {}
     for name, measured in data["series"].items():
         rows = []

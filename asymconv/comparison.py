@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import json
 import os
 import statistics
 import tempfile
@@ -115,8 +114,7 @@ class Layers:
 
     def save(self, path: Path) -> None:
         """Write the record; the file is whole or not there."""
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
-        record.write_atomically(path, text + "\n")
+        record.write_json(path, asdict(self))
 
 
 def load_layers(path: Path = LAYERS_RECORD) -> Layers:
@@ -125,7 +123,7 @@ def load_layers(path: Path = LAYERS_RECORD) -> Layers:
     Raises:
         FileNotFoundError: there is none; says how to make it.
     """
-    data = _read(path, "asymconv layers --record")
+    data = record.read_json(path, "asymconv layers --record")
     rows = []
     for row in data["rows"]:
         shape = ConvShape(**row.pop("shape"))
@@ -134,12 +132,6 @@ def load_layers(path: Path = LAYERS_RECORD) -> Layers:
     first_use = {name: tuple(seconds) for name, seconds in data["first_use"].items()}
     overheads = tuple(Overhead(**o) for o in data["overheads"])
     return Layers(data["made"], data["rungs"], first_use, overheads, tuple(rows))
-
-
-def _read(path: Path, command: str) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"no record {path}: it is made on a GPU by `{command}`")
-    return json.loads(path.read_text())
 
 
 @dataclass(frozen=True)
@@ -424,8 +416,7 @@ class Network:
 
     def save(self, path: Path) -> None:
         """Write the record; the file is whole or not there."""
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
-        record.write_atomically(path, text + "\n")
+        record.write_json(path, asdict(self))
 
 
 def load_network(path: Path = NETWORK_RECORD) -> Network:
@@ -434,7 +425,7 @@ def load_network(path: Path = NETWORK_RECORD) -> Network:
     Raises:
         FileNotFoundError: there is none; says how to make it.
     """
-    data = _read(path, "asymconv network --record")
+    data = record.read_json(path, "asymconv network --record")
     for name in ("losses", "forward", "training"):
         data[name] = {key: tuple(values) for key, values in data[name].items()}
     return Network(**data | {"input_shape": tuple(data["input_shape"])})

@@ -226,7 +226,7 @@ class Profile:
     def save(self, path: Path) -> None:
         """Write the record; the file is whole or not there."""
         data = {"made": dict(self.made), "counters": [asdict(c) for c in self.counters]}
-        record.write_atomically(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+        record.write_json(path, data)
 
 
 COUNTERS = record.DATA_FOLDER / "counters.json"
@@ -239,9 +239,7 @@ def load(path: Path = COUNTERS) -> Profile:
     Raises:
         FileNotFoundError: there is none; says how to make it.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no record {path}: it is made by `asymconv profile --record`")
-    data = json.loads(path.read_text())
+    data = record.read_json(path, "asymconv profile --record")
     counters = tuple(Counters(**(c | {"shape": ConvShape(**c["shape"])})) for c in data["counters"])
     return Profile(data["made"], counters)
 

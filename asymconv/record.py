@@ -147,7 +147,7 @@ class Record:
 
     def save(self, path: Path) -> None:
         """Write the record; the file is whole or not there."""
-        write_atomically(path, json.dumps(self._as_json(), indent=1, ensure_ascii=False) + "\n")
+        write_json(path, self._as_json())
 
     def _as_json(self) -> dict[str, Any]:
         return {
@@ -192,17 +192,40 @@ def load(path: Path | None = None) -> Record:
         FileNotFoundError: there is none; says how to make it.
         ValueError: it is of another format.
     """
-    path = path or ladder_path()
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no record {path}: it is made on a GPU by `asymconv bench --record`"
-        )
-    data = json.loads(path.read_text())
-    if data.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {data.get('format')}, this version reads {FORMAT}")
+    data = read_json(path or ladder_path(), "asymconv bench --record", FORMAT)
     timings = tuple(read_timing(timing) for timing in data["timings"])
     shape = ConvShape(**data["shape"])
     return Record(data["title"], shape, data["made"], timings, data["left_out"])
+
+
+def read_json(path: Path, command: str, version: int | None = None) -> dict[str, Any]:
+    """A record's JSON.
+
+    Args:
+        path: its file.
+        command: what makes it.
+        version: the format that it must have, if it names one.
+
+    Raises:
+        FileNotFoundError: there is none; says how to make it.
+        ValueError: it is of another format.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no record {path}: it is made by `{command}`")
+    data = json.loads(path.read_text())
+    if version is not None and (its := data.get("format")) != version:
+        raise ValueError(f"{path} has format {its}, this version reads {version}")
+    return data
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a record's JSON; the file is whole or not there.
+
+    Raises:
+        ValueError: a number is infinite or NaN, which JSON has not.
+    """
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, text + "\n")
 
 
 def read_timing(data: Mapping[str, Any]) -> Timing:
