@@ -82,6 +82,7 @@ class Win:
         pixels: fewest output pixels, all images together: below, what a block has to do before
             its first product is not worth it.
         strip: columns that a block computes at once.
+        filled: least part of the columns so computed that must be there.
     """
 
     rung: str
@@ -91,6 +92,7 @@ class Win:
     out_channels: int
     pixels: int
     strip: int
+    filled: float
 
     def misses(self, shape: ConvShape) -> str | None:
         """Why this shape is not within it, or None."""
@@ -105,7 +107,7 @@ class Win:
         if pixels < self.pixels:
             return f"{pixels:,} output pixels, it wins from {self.pixels:,}"
         computed = -(-shape.out_width // self.strip) * self.strip
-        if shape.out_width < LEAST_FILLED * computed:
+        if shape.out_width < self.filled * computed:
             return f"{shape.out_width} columns fill its strips of {self.strip} badly"
         return None
 
@@ -134,18 +136,16 @@ def _pixels_out(input_shape: Sequence[int], padding: Pair) -> int:
     return batch * (height + 2 * padding[0] - 2) * (width + 2 * padding[1] - 2)
 
 
-LEAST_FILLED = 0.48
-"""Least part of the computed columns that must be there. With so few, 62 of 128, k07 is twice as
-fast forward (figures/data/asymmetry.json); k08 was measured with 0.68 of them, 4.4 times as fast,
-and has room for 0.48. Backward is PyTorch's own on both sides: not measured here."""
-
 WINS: tuple[Win, ...] = (
     # measured (figures/data/layers.json): 2.4 to 3.3 times as fast forward from 521,220 pixels on,
     # 1.17 and more with backward. Below, 1.7 and more forward down to 110,000, where the host's
     # time for a call decides; with backward not measured. Guessed: fewer than 64 channels.
-    Win("k07", True, (9, 0), in_channels=(48, 64), out_channels=64, pixels=500_000, strip=128),
-    # measured on two layers: 4.8 to 6.0 times as fast forward, 1.08 to 1.3 with backward
-    Win("k08", False, (9, 0), in_channels=(48, 64), out_channels=64, pixels=500_000, strip=64),
+    # 62 columns of 128: 2.0 times as fast forward (figures/data/asymmetry.json); backward, which is
+    # PyTorch's own, was not measured there.
+    Win("k07", True, (9, 0), (48, 64), out_channels=64, pixels=500_000, strip=128, filled=0.48),
+    # measured on two layers: 4.8 to 6.0 times as fast forward, 1.08 to 1.3 with backward;
+    # 130 columns of 192: 4.4 times as fast forward
+    Win("k08", False, (9, 0), (48, 64), out_channels=64, pixels=500_000, strip=64, filled=0.67),
 )
 """Best first. k06 is not here: where both run, k07 is faster; where k07 refuses (more than 64
 channels, stride, dilation), k06 has 0.2 to 0.6 of nn.Conv2d's speed on the GPU measured."""
