@@ -50,7 +50,7 @@ def test_series_are_what_they_say(series: Series) -> None:
         assert set(defines) <= set(rung.constants(defines))  # KeyError if it has no such one
         for shape in series.shapes:
             assert rung.refuses(shape, defines) is None
-    assert 0 < asymmetry.estimate(series) < 120
+    assert 0 < asymmetry.estimate(series) < (400 if series.name == "compiled" else 120)
 
 
 def test_the_names_are_different_and_an_unknown_one_is_refused() -> None:

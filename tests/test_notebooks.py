@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 from samples import theirs_on_the_contract
 
-from asymconv import asymmetry, comparison, profiler, record, study
+from asymconv import asymmetry, comparison, measure, profiler, record, study
 from asymconv.kernels import RUNGS
 
 nbformat = pytest.importorskip("nbformat", reason="no Jupyter on this machine")
@@ -158,6 +158,10 @@ def words_of_08_and_09() -> dict[str, str]:
     held = 4 * (math.prod(largest.input_shape) + largest.outputs) / 1e9
     memory = asymmetry.load()["growth"].made["memory_bytes"] / 1e9
     square = 100 * (longer("aspect", "724×724", "k07") - 1)
+    costs = asymmetry.load()["compiled"].costs(asymmetry.get_series("compiled"))
+    eager, default, tuned = (costs[n] for n in ("nn.Conv2d", *(p.name for p in measure.COMPILED)))
+    slower = [100 * (ours / theirs - 1) for ours, theirs in zip(default, eager, strict=True)]
+    gained = [100 * (1 - ours / theirs) for ours, theirs in zip(tuned, eager, strict=True)]
     return {
         f"k07 {span(odd['k07'])}, k08 {span(odd['k08'])}, k06 {span(odd['k06'])}": "08_asymmetry",
         f"must copy by 4: {by_4:.0f} % at 1026": "08_asymmetry",
@@ -172,6 +176,8 @@ def words_of_08_and_09() -> dict[str, str]:
         f"{held:.1f} GB of the GPU's {memory:.0f}": "08_asymmetry",
         f"k07 takes {small:.1f} times as long for each": "08_asymmetry",
         f"the full {longer('aspect', '8192×64', 'k05'):.2f}": "08_asymmetry",
+        f"its default takes {span(slower)} longer": "08_asymmetry",
+        f"`max-autotune` gains {span(gained)}": "08_asymmetry",
         f"forward is {min(forward):.1f} to {max(forward):.1f} times as fast": "09_drop_in",
         f"{min(backward):.2f} to {max(backward):.1f} times. Where": "09_drop_in",
         f"{min(noise[True]):.3f} to {max(noise[True]):.3f} where": "09_drop_in",
