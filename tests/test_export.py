@@ -133,6 +133,7 @@ def test_it_imports_python_and_torch_alone(folder: Path) -> None:
 
 
 def test_every_name_is_defined_and_every_import_used(folder: Path) -> None:
+    pytest.importorskip("ruff", reason="a GPU machine may have torch and pytest alone")
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F,E9", "."]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
