@@ -29,7 +29,7 @@ from asymconv.measure import (
     check_methods,
     label,
     repeats_for,
-    time_methods,
+    time_what_fits,
 )
 from asymconv.problem import CONTRACT, ConvShape
 from asymconv.record import Record, short_name
@@ -342,7 +342,7 @@ def load(path: Path = RECORD) -> dict[str, Measured]:
 
 # Guesses for `estimate`, of an H100: float64 convolutions and comparisons of one of the contract's
 # images, a compilation by torch.compile, all rungs by nvcc on 16 cores.
-REFERENCE_MS, COMPARE_MS, COMPILE_S, BUILD_S = 25.0, 8.0, 20.0, 45.0
+REFERENCE_MS, COMPARE_MS, COMPILE_S, BUILD_S = 100.0, 30.0, 20.0, 45.0
 
 
 def _call_ms(name: str, shape: ConvShape, ladder: Record) -> float:
@@ -419,19 +419,8 @@ def measure_row(shape: ConvShape, methods: Sequence[Method]) -> Row:
             taken.append(method)
     passed, checks, failed = check_methods(taken, shape)
     settings = {"floor": True, "rounds": ROUNDS, "budget_ms": BUDGET_MS, "warm_ms": WARM_MS}
-    try:
-        timings = time_methods(passed, checks, shape, **settings)
-    except torch.OutOfMemoryError:  # peers hold converted copies and workspaces: without them
-        rungs = [method for method in passed if not isinstance(method, Peer)]
-        failed |= {
-            label(method): "not enough device memory beside the others"
-            for method in passed
-            if isinstance(method, Peer)
-        }
-        gc.collect()
-        torch.cuda.empty_cache()
-        timings = time_methods(rungs, checks, shape, **settings)
-    return Row(shape, tuple(timings), refused | failed)
+    timings, crowded = time_what_fits(passed, checks, shape, **settings)
+    return Row(shape, tuple(timings), refused | failed | crowded)
 
 
 def measure(
@@ -479,7 +468,7 @@ def measure(
 # --- what it says --------------------------------------------------------------------------------
 
 
-def spread(values: Sequence[float | None]) -> float:
+def worst_over_best(values: Sequence[float | None]) -> float:
     """Largest over smallest of what was measured. Raises ValueError if nothing was."""
     there = [value for value in values if value is not None]
     return max(there) / min(there)

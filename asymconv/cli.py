@@ -393,7 +393,7 @@ def record_all(
         Path | None, typer.Option(help="Folder to write to, if not figures/data/.")
     ] = None,
     only: Annotated[str, typer.Option(help="Commands with commas, all unless told.")] = "",
-    limit: Annotated[float, typer.Option(help="Seconds that one of them may take.")] = 600.0,
+    limit: Annotated[float, typer.Option(help="Seconds that one of them may take.")] = 1800.0,
 ) -> None:
     """Take anew each record that a command makes: bench, sweep and so on, each with --record."""
     from asymconv import retake

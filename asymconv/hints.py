@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from asymconv.asymmetry import Asymmetry, Measured, Series, get_series, spread
+from asymconv.asymmetry import Asymmetry, Measured, Series, get_series, worst_over_best
 from asymconv.problem import CONTRACT
 from asymconv.profiler import Profile
 from asymconv.record import Record, short_name, significant
@@ -230,7 +230,7 @@ def from_the_series(ladder: Record, asymmetry: Asymmetry | None) -> Iterator[Ans
         for name in ("nn.Conv2d", best):
             number = (
                 f"{name} turned to 1024×512: {relative[name][at]:.2f} times its time an output; "
-                f"over all shapes {spread(relative[name]):.2f} between best and worst"
+                f"over all shapes {worst_over_best(relative[name]):.2f} between best and worst"
             )
             if name == best:
                 idea, answer = _WIDTH, verdict(relative[name][at])

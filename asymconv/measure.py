@@ -10,13 +10,14 @@ timing without an `asymconv.check.Checked` of that very build and shape.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +176,7 @@ PEERS = (
 
 ALL_PEERS = (
     *PEERS,
-    Peer("cudnn.benchmark", "nn.Conv2d, TF32, cuDNN's fastest algorithm", "tf32", benchmark=True),
+    Peer("cudnn.benchmark", "nn.Conv2d, TF32, as cuDNN times it best", "tf32", benchmark=True),
     Peer(
         "channels_last",
         "the same, input, weights and output channels_last",
@@ -647,6 +648,36 @@ def check_methods(
     return passed, checks, left_out
 
 
+def time_what_fits(
+    methods: Sequence[Method], checks: Sequence[Checked], shape: ConvShape, **settings: Any
+) -> tuple[list[Timing], dict[str, str]]:
+    """`time_methods`, and without some peers where their copies and workspaces leave no memory.
+
+    All methods are held at once. If they do not fit, nn.Conv2d's default is the only peer; if that
+    does not fit, there is none.
+
+    Returns:
+        The timings, and why a method is not among them.
+
+    Raises:
+        torch.OutOfMemoryError: the rungs alone do not fit.
+    """
+    rungs = [method for method in methods if not isinstance(method, Peer)]
+    default = [method for method in methods if method is PEERS[0]]
+    for taken in (list(methods), [*rungs, *default], rungs):
+        try:
+            timings = time_methods(taken, checks, shape, **settings)
+        except torch.OutOfMemoryError:
+            if taken is rungs:
+                raise
+        else:
+            left = [label(method) for method in methods if method not in taken]
+            return timings, dict.fromkeys(left, "not enough device memory beside the others")
+        gc.collect()
+        torch.cuda.empty_cache()
+    raise AssertionError("unreachable")
+
+
 def check_and_time(
     shape: ConvShape, rungs: Sequence[Rung] = RUNGS, peers: Sequence[Peer] = PEERS
 ) -> tuple[list[Timing], dict[str, str]]:
@@ -659,13 +690,17 @@ def check_and_time(
     Raises:
         AssertionError: a rung's result is wrong.
         RuntimeError: nn.Conv2d itself does not run here, and there is nothing to compare with.
+        torch.OutOfMemoryError: nothing fits.
     """
     refused = {r.name: reason for r in rungs if (reason := r.refuses(shape))}
     built, not_built = build_rungs([(r, {}) for r in rungs if r.name not in refused])
     methods, checks, failed = check_methods([*built, *peers], shape)
     if (default := PEERS[0].name) in failed:
         raise RuntimeError(f"{default} does not run: {failed[default]}")
-    return time_methods(methods, checks, shape), refused | not_built | failed
+    timings, crowded = time_what_fits(methods, checks, shape)
+    if default in crowded:
+        raise RuntimeError(f"{default} does not run: {crowded[default]}")
+    return timings, refused | not_built | failed | crowded
 
 
 def check_and_sweep(shape: ConvShape, rungs: Sequence[Rung], peers: Sequence[Peer]) -> list[Timing]:

@@ -28,7 +28,7 @@ def retake(
     folder: Path,
     only: Sequence[str] = (),
     *,
-    limit: float = 600.0,
+    limit: float = 1800.0,
     say: Callable[[str], object] = print,
 ) -> list[str]:
     """Run the commands in processes of their own, so that one that fails or hangs costs itself.

@@ -19,7 +19,7 @@ from torch import nn
 from asymconv.build import CUDA_FLAGS, EMPTY_MODULE
 from asymconv.dispatch import tf32_allowed
 from asymconv.kernels.rung import ENTRY, ConvStruct
-from asymconv.op import _only_pytorch
+from asymconv.op import _differentiates_otherwise, _only_pytorch
 from asymconv.problem import ConvShape
 
 
@@ -100,6 +100,8 @@ def choose_for(x: torch.Tensor, layer: nn.Conv2d) -> tuple[Kernel, ConvShape] | 
     Kernels read float32, NCHW, contiguous, all on one NVIDIA GPU; nothing is copied for them.
     """
     if torch.compiler.is_compiling() or torch.version.hip or isinstance(layer.padding, str):
+        return None
+    if layer.padding_mode != "zeros" or _differentiates_otherwise():
         return None
     tensors = [x, layer.weight] if layer.bias is None else [x, layer.weight, layer.bias]
     for tensor in tensors:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterable
 
 from asymconv import asymmetry, comparison, record
 from asymconv.asymmetry import SLOW, SLOW_FILTERS, Measured, Row, Series
-from asymconv.kernels import RUNGS
+from asymconv.kernels import RUNGS, get_rung
 from asymconv.measure import ALL_PEERS, Timing
 from asymconv.problem import CONTRACT, ConvShape
 from asymconv.record import Record
@@ -47,16 +49,42 @@ def whole_ladder() -> Record:
     return Record("a test", CONTRACT, MADE, (*rungs, *peers, *ceilings()), {})
 
 
-def theirs_on_the_contract() -> list[float]:
-    """Medians of nn.Conv2d's default, forward, on the contract's shape: of each record, in ms."""
-    name = comparison.THEIRS
-    found = [record.load(record.LADDER)[name].median]
+def runs_on_the_contract() -> list[dict[str, float]]:
+    """Of each run in figures/data/ that has nn.Conv2d's default, forward, on the contract's shape:
+    medians in ms, rungs of other texts than today's apart."""
+    timed: list[Iterable[Timing]] = []
+    for path in sorted(record.DATA_FOLDER.glob("*.json")):
+        with contextlib.suppress(ValueError, KeyError):  # of another form
+            one = record.load(path)
+            timed += [one.timings] * (one.shape == CONTRACT)
     rows = [row for measured in asymmetry.load().values() for row in measured.rows]
-    found += [t.median for r in rows if r.shape == CONTRACT for t in r.timings if t.name == name]
+    timed += [row.timings for row in rows if row.shape == CONTRACT]
+    hashes = {"", *(rung.source_hash for rung in RUNGS)}
+    runs = [
+        {t.name: t.median for t in timings if not t.defines and t.source_hash in hashes}
+        for timings in timed
+    ]
     for row in comparison.load_layers().rows:
         if row.shape == CONTRACT and row.tf32 and not row.training:
-            found.append(row.median(name))
-    return found
+            runs.append({comparison.THEIRS: row.median(comparison.THEIRS)})
+    return [run for run in runs if comparison.THEIRS in run]
+
+
+def claims_of_runs() -> list[str]:
+    """What README and notebook 08 say of how runs differ, on the contract's shape."""
+    runs, theirs = runs_on_the_contract(), comparison.THEIRS
+
+    def faster(name: str, digits: int) -> str:
+        found = [run[theirs] / run[name] for run in runs if name in run]
+        return f"{min(found):.{digits}f} to {max(found):.{digits}f} times"
+
+    ms = [run[theirs] for run in runs]
+    k07 = get_rung("k07").name
+    return [
+        f"nn.Conv2d takes {min(ms):.2f} to {max(ms):.2f} ms on the contract's shape",
+        f"k07 is {faster(k07, 1)} as fast there",
+        f"`cudnn.benchmark` {faster('cudnn.benchmark', 2)}",
+    ]
 
 
 def measured_sample(series: Series) -> Measured:

@@ -176,17 +176,26 @@ def test_what_does_not_fit_is_left_out_with_the_reason(
 def test_peers_give_way_where_memory_is_short(
     pretended: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timed = asymmetry.time_methods
+    timed, room = measure.time_methods, 0
 
     def crowded(methods: list, *args: object, **more: object) -> list[Timing]:
-        if any(isinstance(method, Peer) for method in methods):
+        if sum(isinstance(method, Peer) for method in methods) > room:
             raise torch.OutOfMemoryError("no")
         return timed(methods, *args, **more)
 
-    monkeypatch.setattr(asymmetry, "time_methods", crowded)
-    _, row = next(asymmetry.measure([SMALL], FEW))
-    assert [t.name for t in row.timings] == ["k03_coalesced", "k04_shared_tile", "memory floor"]
-    assert set(row.left_out) == {peer.name for peer in SMALL.peers}
+    monkeypatch.setattr(measure, "time_methods", crowded)
+    series = dataclasses.replace(SMALL, peers=PEERS[:2])
+    rungs = ["k03_coalesced", "k04_shared_tile"]
+    _, row = next(asymmetry.measure([series], FEW))
+    assert [t.name for t in row.timings] == [*rungs, "memory floor"]
+    assert set(row.left_out) == {peer.name for peer in PEERS[:2]}
+    room = 1
+    _, row = next(asymmetry.measure([series], FEW))
+    assert [t.name for t in row.timings] == [*rungs, PEERS[0].name, "memory floor"]
+    assert set(row.left_out) == {PEERS[1].name}
+    room = -1
+    with pytest.raises(torch.OutOfMemoryError):
+        next(asymmetry.measure([series], FEW))
 
 
 def test_variants_keep_their_constants(pretended: list[str]) -> None:

@@ -288,6 +288,31 @@ def test_the_layer_is_right_with_its_cuda_text_on_the_cpu(
     assert calls == [rung.name] * 2
 
 
+def test_what_only_pytorch_differentiates_or_pads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decided before sizes are: within torch.func, in forward mode, and with another padding."""
+    module = loaded([get_rung("k07")])
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(module, "choose", lambda *sizes: "a kernel")
+    chosen = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        chosen.append(module.choose_for(x, layer))
+        return torch.nn.functional.conv2d(x, layer.weight)
+
+    layer, x = module.ModelNew(2, 3, 3).conv2d, torch.rand(2, 5, 9)
+    forward(x[None])
+    assert chosen.pop() == "a kernel"
+    torch.func.vmap(forward)(x[None])
+    torch.func.grad(lambda x: forward(x).sum())(x[None])
+    torch.func.jvp(forward, (x[None],), (x[None],))
+    with torch.autograd.forward_ad.dual_level():
+        forward(torch.autograd.forward_ad.make_dual(x[None], x[None]))
+    layer.padding_mode = "circular"
+    forward(x[None])
+    assert chosen == [None] * 5
+
+
 def compilers(tmp_path: Path, *libraries: Path) -> dict[str, str]:
     """Environment in which load_inline finds what it needs, a toolkit from pip included."""
     home = build.cuda_home()
@@ -380,6 +405,12 @@ for convert in (lambda t: t.double(), lambda t: t.half()):
     ours, theirs = (convert(layer) for layer in double)
     assert torch.equal(ours(convert(x)), theirs(convert(x)))
 ours, theirs = (layer.float() for layer in double)
+for change in (torch.func.vmap, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1]):
+    for mine, other in zip(change(ours)(x[None]), change(theirs)(x[None])):
+        assert torch.allclose(mine, other, atol=1e-3)
+ours.conv2d.padding_mode = theirs.padding_mode = "circular"
+assert torch.equal(ours(x), theirs(x))
+ours.conv2d.padding_mode = theirs.padding_mode = "zeros"
 last = x.to(memory_format=torch.channels_last)
 assert torch.equal(ours(last), theirs(last))
 torch.backends.cudnn.conv.fp32_precision = "ieee"

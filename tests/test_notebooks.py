@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from samples import theirs_on_the_contract
+from samples import claims_of_runs
 
 from asymconv import asymmetry, comparison, measure, profiler, record, study
 from asymconv.kernels import RUNGS
@@ -153,11 +153,21 @@ def words_of_08_and_09() -> dict[str, str]:
             noise[long].append(row.ratio)
     edge = {w: 100 * (longer("strips", w, "k07") - 1) for w in ("130", "514", "1026")}
     small = longer("growth", "1×128×256", "k07")
-    runs = theirs_on_the_contract()
     largest = max((row.shape for row in asymmetry.load()["growth"].rows), key=lambda s: s.batch)
     held = 4 * (math.prod(largest.input_shape) + largest.outputs) / 1e9
     memory = asymmetry.load()["growth"].made["memory_bytes"] / 1e9
     square = 100 * (longer("aspect", "724×724", "k07") - 1)
+    batch = asymmetry.get_series("batch")
+    at = {name: [shape.batch for shape in batch.shapes].index(n) for name, n in
+          {"one": 1, "eight": 8, "many": 32}.items()}  # fmt: skip
+    images = asymmetry.load()["batch"]
+    ms = {
+        n: [images.timings(batch)[n][at[k]].median for k in ("one", "eight")]
+        for n in ("k01", "k02")
+    }
+    dearer = {n: images.relative(batch)[n][at["many"]] for n in ms}
+    tall = asymmetry.get_series("orientation")
+    turned = asymmetry.load()["orientation"].relative(tall)["k04 TILE_H=1 TILE_W=256"][-1]
     costs = asymmetry.load()["compiled"].costs(asymmetry.get_series("compiled"))
     eager, default, tuned = (costs[n] for n in ("nn.Conv2d", *(p.name for p in measure.COMPILED)))
     slower = [100 * (ours / theirs - 1) for ours, theirs in zip(default, eager, strict=True)]
@@ -171,11 +181,15 @@ def words_of_08_and_09() -> dict[str, str]:
         f"and {edge['514']:.0f} % at 514 (by hand 25)": "08_asymmetry",
         f"At 130 it is {edge['130']:.0f} % where": "08_asymmetry",
         f"are 64 columns, pays {100 * (longer('strips', '130', 'k08') - 1):.0f} %": "08_asymmetry",
-        f"nn.Conv2d takes {min(runs):.2f} to {max(runs):.2f} ms": "08_asymmetry",
+        **dict.fromkeys(claims_of_runs(), "08_asymmetry"),
         f"up to {largest.batch} images": "08_asymmetry",
         f"{held:.1f} GB of the GPU's {memory:.0f}": "08_asymmetry",
         f"k07 takes {small:.1f} times as long for each": "08_asymmetry",
         f"the full {longer('aspect', '8192×64', 'k05'):.2f}": "08_asymmetry",
+        f"one image takes k01 {ms['k01'][0]:.0f} ms where eight take {ms['k01'][1]:.0f} "
+        f"(k02 {ms['k02'][0]:.0f} and {ms['k02'][1]:.0f})": "08_asymmetry",
+        f"at 32 by {dearer['k01']:.1f} times (k02 {dearer['k02']:.1f})": "08_asymmetry",
+        f"1 × 256 takes {turned:.1f} times as long an output on 64": "08_asymmetry",
         f"its default takes {span(slower)} longer": "08_asymmetry",
         f"`max-autotune` gains {span(gained)}": "08_asymmetry",
         f"forward is {min(forward):.1f} to {max(forward):.1f} times as fast": "09_drop_in",

@@ -164,7 +164,8 @@ def _series_finding(measured: Measured, series: Series) -> str:
     rungs = [name for name in relative if name.startswith("k")]
     names = [min(rungs, key=lambda name: costs[name][at])] if rungs else []
     names += [name for name in ("nn.Conv2d",) if name in relative]
-    found = [f"{name} {significant(experiments.spread(relative[name]))} times" for name in names]
+    ranges = {name: experiments.worst_over_best(relative[name]) for name in names}
+    found = [f"{name} {significant(times)} times" for name, times in ranges.items()]
     return "Time per output, worst shape over best: " + ", ".join(found)
 
 
