@@ -664,18 +664,19 @@ def time_what_fits(
     """
     rungs = [method for method in methods if not isinstance(method, Peer)]
     default = [method for method in methods if method is PEERS[0]]
-    for taken in (list(methods), [*rungs, *default], rungs):
+    taken = list(methods)
+    for fewer in ([*rungs, *default], rungs, None):
         try:
             timings = time_methods(taken, checks, shape, **settings)
+            break
         except torch.OutOfMemoryError:
-            if taken is rungs:
+            if fewer is None:
                 raise
-        else:
-            left = [label(method) for method in methods if method not in taken]
-            return timings, dict.fromkeys(left, "not enough device memory beside the others")
+            taken = fewer
         gc.collect()
         torch.cuda.empty_cache()
-    raise AssertionError("unreachable")
+    left = [label(method) for method in methods if method not in taken]
+    return timings, dict.fromkeys(left, "not enough device memory beside the others")
 
 
 def check_and_time(

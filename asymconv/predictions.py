@@ -1,21 +1,75 @@
-"""What a shape costs before anything is measured: sums that a reader can do by hand.
+"""What a shape costs before its kernel is measured: sums that a reader can do by hand.
 
-Each function is one idea of notebook 08. Sizes are in pixels and floats; a sector is the 32 bytes
-that memory transfers at least. The CPU backend and the hardware counters are held against them.
+Each function is one idea: of notebooks 01 to 07 how long the work takes at least, of 08 what a
+shape makes of it. Sizes are in pixels and floats; a sector is the 32 bytes that memory transfers
+at least. The CPU backend and the hardware counters are held against them.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from asymconv.measure import Timing
 from asymconv.problem import ConvShape, Pair
 
 SECTOR = 8
 """Floats of a sector."""
 
 WARP = 32
+
+REGISTERS = 65536
+"""Registers of a multiprocessor, 32 bits each."""
+
+
+def warp_terms(shape: ConvShape, lanes: int = WARP) -> int:
+    """Steps of all warps together, each one term (a product) of as many outputs as lanes work."""
+    return math.ceil(shape.outputs / lanes) * shape.terms
+
+
+def bound_ms(count: float, made: Mapping[str, str | int], per_cycle: int = 1) -> float:
+    """Least time in ms for so many wavefronts or instructions: every SM busy in every cycle.
+
+    Args:
+        count: of all multiprocessors (SMs) together.
+        made: a record's, for its GPU's number of SMs and highest clock.
+        per_cycle: how many an SM starts in a cycle: 1 wavefront, 4 instructions of warps.
+
+    Raises:
+        KeyError: it does not say them.
+        ValueError: the clock was not known where it was made.
+    """
+    if not (megahertz := int(made["max_clock_mhz"])):
+        raise ValueError(f"the highest clock of {made['gpu']} was not known")
+    return count / per_cycle / int(made["multiprocessors"]) / megahertz / 1e3
+
+
+def floor_ms(work: float, ceiling: Timing) -> float:
+    """Least time in ms for so much work at a rate that was measured.
+
+    Args:
+        work: bytes where the ceiling moves bytes ("memory floor", "L2 read"), else
+            floating-point operations ("matmul fp16").
+        ceiling: a record's timing of it.
+
+    Raises:
+        ValueError: it counts neither bytes nor operations.
+    """
+    if not (done := ceiling.bytes or ceiling.flops):
+        raise ValueError(f"{ceiling.name} has no rate")
+    return ceiling.median * work / done
+
+
+def blocks_that_fit(registers: int, threads: int) -> int:
+    """Blocks that fit a multiprocessor by their registers, handed out in eights to a thread.
+
+    Args:
+        registers: of a thread.
+        threads: of a block, whole warps.
+    """
+    return REGISTERS // (math.ceil(registers / 8) * 8 * threads)
 
 
 def halo(tile: Pair, kernel: Pair = (3, 3)) -> float:

@@ -10,7 +10,7 @@ import difflib
 import io
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -290,6 +290,24 @@ def bounds(of: record.Record) -> Markdown:
     return table(tables.FLOOR_HEADERS, tables.floor_rows(of))
 
 
+def l1_bounds(
+    what: str, rows: Sequence[tuple[str, float, float] | tuple[str, float, float, float]]
+) -> Markdown:
+    """The least time that L1 allows (`predictions.bound_ms`) beside the measured one.
+
+    Args:
+        what: heads the first column.
+        rows: at least one: a name, both times in ms and, in all rows or in none, for how many
+            percent of the time ncu found L1 busy.
+    """
+    cells = []
+    for name, bound, measured, *busy in rows:
+        numbers = (f"{bound:,.0f}", f"{measured:,.0f}", f"{100 * bound / measured:.0f} %")
+        cells.append((name, *numbers, *(f"{percent:.0f} %" for percent in busy)))
+    headers = (what, "bound of L1, ms", "measured, ms", "bound / measured", "L1 busy, says ncu")
+    return table(headers[: len(cells[0])], cells)
+
+
 class Picture:
     """A figure in a notebook: as SVG, and as a small PNG of the same.
 
@@ -379,6 +397,22 @@ def counters(of: profiler.Profile, names: Sequence[str], rungs: Sequence[str]) -
         numbers = [f"{of[rung][name] / factor:,.4g} {unit}" for rung in rungs]
         rows.append((label, *numbers))
     return table(("counter (ncu)", *rungs), rows)
+
+
+def occupancy(what: str, of: Mapping[str, profiler.Counters], threads: int) -> Markdown:
+    """Registers of kernels, the blocks that fit an SM with them, and how full ncu found it.
+
+    Args:
+        what: heads the first column.
+        of: each one's counters, by what stands in that column.
+        threads: of a block.
+    """
+    rows = []
+    for name, taken in of.items():
+        registers = int(taken["registers"])
+        blocks = predictions.blocks_that_fit(registers, threads)
+        rows.append((name, registers, blocks, f"{taken['occupancy_percent']:.0f} %"))
+    return table((what, "registers a thread", "blocks that fit an SM", "occupancy"), rows)
 
 
 def proof(of: profiler.Profile, rung: Rung) -> Markdown:
@@ -671,5 +705,6 @@ def strips(shapes: Sequence[ConvShape], multiprocessors: int = 132) -> Markdown:
                 f"{plan.cost / base.cost:.2f}",
             )
         )
-    headers = ("input", "strips", "columns in vain", "items", "turns of 132", "cost")
+    turns = f"turns of {multiprocessors}"
+    headers = ("input", "strips", "columns in vain", "items", turns, "cost")
     return table((*headers, "× the first"), rows)

@@ -12,6 +12,7 @@ from asymconv.asymmetry import Measured, Series, estimate
 from asymconv.comparison import OURS, THEIRS, Layers, Network, Row
 from asymconv.kernels import RUNGS
 from asymconv.measure import ALL_PEERS
+from asymconv.predictions import floor_ms
 from asymconv.problem import ConvShape
 from asymconv.record import Record, short_name, significant, write_atomically
 
@@ -86,11 +87,11 @@ def floor_rows(record: Record, shape: ConvShape | None = None) -> Iterator[tuple
         KeyError: the record lacks a ceiling.
     """
     shape = shape or record.shape
-    moved = shape.least_bytes / record["memory floor"].gbytes / 1e6
+    moved = floor_ms(shape.least_bytes, record["memory floor"])
     rows = [("all bytes once (memory floor)", moved)]
     for name in ("fp16", "tf32", "fp32"):
-        rate = record[f"matmul {name}"].tflops
-        rows.append((f"all operations in {name}", shape.flops / rate / 1e9))
+        least = floor_ms(shape.flops, record[f"matmul {name}"])
+        rows.append((f"all operations in {name}", least))
     for what, least in rows:
         yield what, significant(least)
 

@@ -337,6 +337,32 @@ def test_a_batch_as_block_fills_its_warp() -> None:
     assert predictions.batch_wavefronts(64) == predictions.batch_wavefronts(32) == 33 / 32
 
 
+def test_the_least_time_of_a_warps_work() -> None:
+    odd = ConvShape(1, 2, 3, 37, 1)  # 35 outputs of 18 terms
+    assert predictions.warp_terms(odd) == 2 * 18
+    assert predictions.warp_terms(CONTRACT, lanes=8) == 4 * predictions.warp_terms(CONTRACT)
+    made = {"gpu": "one", "multiprocessors": 100, "max_clock_mhz": 2000}
+    assert predictions.bound_ms(2e11, made) == pytest.approx(1000)
+    assert predictions.bound_ms(2e11, made, per_cycle=4) == pytest.approx(250)
+    with pytest.raises(ValueError, match="clock of one was not known"):
+        predictions.bound_ms(1, made | {"max_clock_mhz": 0})
+
+
+def test_the_least_time_at_a_ceiling_goes_by_its_rate() -> None:
+    moved = Timing("copy", "ceiling", "", (2.0,), bytes=100)
+    assert predictions.floor_ms(50, moved) == 1
+    done = Timing("matmul", "ceiling", "", (2.0,), flops=100)
+    assert predictions.floor_ms(300, done) == 6
+    with pytest.raises(ValueError, match="no rate"):
+        predictions.floor_ms(1, Timing("nothing", "ceiling", "", (2.0,)))
+
+
+def test_registers_are_given_in_eights() -> None:
+    assert predictions.blocks_that_fit(80, 256) == 3
+    assert predictions.blocks_that_fit(81, 256) == predictions.blocks_that_fit(88, 256) == 2
+    assert predictions.blocks_that_fit(64, 256) == 4
+
+
 # --- checks side by side, and peers --------------------------------------------------------------
 
 

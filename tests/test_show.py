@@ -124,6 +124,17 @@ def test_timings_have_the_digits_that_they_are_worth() -> None:
     assert rows[3] == "| k02_fast | 4.26 | 23.7 % | 144 |  |"
 
 
+def test_a_bound_stands_beside_the_measured_time() -> None:
+    rows = show.l1_bounds("k03", [("wide", 98.3, 103.2), ("high", 1213.0, 1217.0)]).data
+    assert rows.splitlines()[0] == "| k03 | bound of L1, ms | measured, ms | bound / measured |"
+    assert rows.splitlines()[2:] == [
+        "| wide | 98 | 103 | 95 % |",
+        "| high | 1,213 | 1,217 | 100 % |",
+    ]
+    with_ncu = show.l1_bounds("k", [("k01", 1.0, 2.0, 69.9)]).data.splitlines()
+    assert with_ncu[0].endswith("| L1 busy, says ncu |") and with_ncu[2].endswith("| 70 % |")
+
+
 def test_series_are_shown_once_they_are_measured(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     for series in asymmetry.SERIES:
