@@ -45,7 +45,7 @@ HOPELESS = 3.0  # a rung so many times slower than nn.Conv2d is not timed furthe
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerRow:
     """One layer, batch and direction.
 
     Attributes:
@@ -110,7 +110,7 @@ class Layers:
     rungs: Mapping[str, str]
     first_use: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     overheads: tuple[Overhead, ...] = ()
-    rows: tuple[Row, ...] = ()
+    rows: tuple[LayerRow, ...] = ()
 
     def save(self, path: Path) -> None:
         """Write the record; the file is whole or not there."""
@@ -128,7 +128,7 @@ def load_layers(path: Path = LAYERS_RECORD) -> Layers:
     for row in data["rows"]:
         shape = ConvShape(**row.pop("shape"))
         times = {name: tuple(ms) for name, ms in row.pop("milliseconds").items()}
-        rows.append(Row(**row, shape=shape, milliseconds=times))
+        rows.append(LayerRow(**row, shape=shape, milliseconds=times))
     first_use = {name: tuple(seconds) for name, seconds in data["first_use"].items()}
     overheads = tuple(Overhead(**o) for o in data["overheads"])
     return Layers(data["made"], data["rungs"], first_use, overheads, tuple(rows))
@@ -210,7 +210,7 @@ def _candidates(shape: ConvShape, tf32: bool, chosen: Rung | None, device: str) 
             yield rung
 
 
-def compare_layer(layer: RealLayer, batch: int, device: str = "cuda") -> list[Row]:
+def compare_layer(layer: RealLayer, batch: int, device: str = "cuda") -> list[LayerRow]:
     """Compare and time one layer: forward, and forward with backward.
 
     Raises:
@@ -249,7 +249,7 @@ def compare_layer(layer: RealLayer, batch: int, device: str = "cuda") -> list[Ro
                     calls[rung.number] = run
             del results
             rows.append(
-                Row(
+                LayerRow(
                     layer.data,
                     layer.network,
                     shape,

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from asymconv.asymmetry import Measured, Series, estimate
-from asymconv.comparison import OURS, THEIRS, Layers, Network, Row
+from asymconv.comparison import OURS, THEIRS, LayerRow, Layers, Network
 from asymconv.kernels import RUNGS
 from asymconv.measure import ALL_PEERS
 from asymconv.predictions import floor_ms
@@ -134,7 +134,7 @@ def layer_rows(layers: Layers) -> Iterator[tuple[str, ...]]:
 
     Milliseconds are medians of nn.Conv2d and of asymconv.Conv2d; × is the first over the second.
     """
-    together: dict[tuple, dict[bool, Row]] = {}
+    together: dict[tuple, dict[bool, LayerRow]] = {}
     for row in layers.rows:
         key = (row.data, row.network, row.shape, row.tf32)
         together.setdefault(key, {})[row.training] = row

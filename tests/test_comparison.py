@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from asymconv import comparison, dispatch, record, tables
 from asymconv.cli import app
-from asymconv.comparison import OURS, THEIRS, Layers, Network, Overhead, Row
+from asymconv.comparison import OURS, THEIRS, LayerRow, Layers, Network, Overhead
 from asymconv.kernels import get_rung
 from asymconv.problem import ConvShape
 from asymconv.real_layers import RealLayer
@@ -26,11 +26,13 @@ SMALL = RealLayer("a test", "small", ConvShape(1, 8, 6, 12, 8, padding=1), tf32=
 IMAGE = RealLayer("a test", "first", ConvShape(1, 3, 6, 12, 4))
 
 
-def rows() -> tuple[Row, ...]:
+def rows() -> tuple[LayerRow, ...]:
     times = {THEIRS: (2.0, 4.0, 3.0), OURS: (1.5, 1.0), "k06": (9.0,)}
-    row = Row("a test", "small", SMALL.shape, False, True, "k07_hopper_ring", "fast", 1e-4, times)
+    row = LayerRow(
+        "a test", "small", SMALL.shape, False, True, "k07_hopper_ring", "fast", 1e-4, times
+    )
     slower = {THEIRS: (1.0,), OURS: (1.25,)}
-    return row, Row("a test", "small", SMALL.shape, True, True, "", "why", 0.0, slower)
+    return row, LayerRow("a test", "small", SMALL.shape, True, True, "", "why", 0.0, slower)
 
 
 def layers_record() -> Layers:
@@ -286,7 +288,7 @@ def test_layers_prints_the_table_and_saves_as_it_goes(
     refused = CliRunner().invoke(app, ["layers", "--only", "nowhere"])
     assert refused.exit_code == 1 and "no layer has 'nowhere'" in refused.output
 
-    def fails(layer: RealLayer, batch: int) -> list[Row]:
+    def fails(layer: RealLayer, batch: int) -> list[LayerRow]:
         if layer is IMAGE:
             raise AssertionError("wrong")
         return list(rows())
