@@ -170,6 +170,8 @@ def words_of_08_and_09() -> dict[str, str]:
     turned = asymmetry.load()["orientation"].relative(tall)["k04 TILE_H=1 TILE_W=256"][-1]
     costs = asymmetry.load()["compiled"].costs(asymmetry.get_series("compiled"))
     eager, default, tuned = (costs[n] for n in ("nn.Conv2d", *(p.name for p in measure.COMPILED)))
+    ladder = record.load(record.LADDER)
+    in_ladder = [ladder[n].median for n in ("nn.Conv2d", *(p.name for p in measure.COMPILED))]
     slower = [100 * (ours / theirs - 1) for ours, theirs in zip(default, eager, strict=True)]
     gained = [100 * (1 - ours / theirs) for ours, theirs in zip(tuned, eager, strict=True)]
     return {
@@ -192,6 +194,8 @@ def words_of_08_and_09() -> dict[str, str]:
         f"1 × 256 takes {turned:.1f} times as long an output on 64": "08_asymmetry",
         f"its default takes {span(slower)} longer": "08_asymmetry",
         f"`max-autotune` gains {span(gained)}": "08_asymmetry",
+        f"it takes {100 * (in_ladder[1] / in_ladder[0] - 1):.0f} % longer and `max-autotune` gains "
+        f"{100 * (1 - in_ladder[2] / in_ladder[0]):.0f} %": "08_asymmetry",
         f"forward is {min(forward):.1f} to {max(forward):.1f} times as fast": "09_drop_in",
         f"{min(backward):.2f} to {max(backward):.1f} times. Where": "09_drop_in",
         f"{min(noise[True]):.3f} to {max(noise[True]):.3f} where": "09_drop_in",

@@ -31,8 +31,8 @@ finish and stage, 1,500 to 2,000 cycles: if the warpgroups stay in step, 1.0 ms 
 Memory: 1.29 ms. Shared memory: 2,450 cycles a row for wgmma's pixels, 1,500 for the rest, of 8,600.
 So it should be memory's own time, 1.28 to 1.33 ms.
 
-Measured (notebook 06): 1.32 ms, 2 to 3 % more than the same bytes take in the same strips without
-products, and 17 % more than in one piece: strips make pieces of 512 bytes.
+Measured (notebook 06): 1.32 ms. The memory floor is 14 % less; the same bytes in the same strips,
+without products, are 2 to 3 % less in a log.
 """
 
 from asymconv.kernels.half_range import HALF_RANGE
