@@ -359,7 +359,7 @@ def test_offsets_beyond_32_bits(rung: Rung) -> None:
     shape = shape if rung.applies(shape) else shape.with_(batch=1024)
     if reason := rung.refuses(shape):
         pytest.skip(reason)
-    x = torch.rand(shape.input_shape, device="cuda")
+    x = torch.rand(shape.input_shape, device="cuda").mul_(1024).floor_()  # 11 bits hold them
     weight = torch.full(shape.weight_shape, 2.0, device="cuda")
     assert x.numel() > 2**31
     y = torch.full(shape.output_shape, math.nan, device="cuda")
