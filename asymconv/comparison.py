@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import BaseTorchFunctionMode
 
 from asymconv import build, dispatch, op, record
 from asymconv.check import check, random_data, tolerance
@@ -316,28 +315,23 @@ def measure_first_use(
     return seconds
 
 
-Within = Callable[[], contextlib.AbstractContextManager[object]]
-
-_SMALL = ConvShape(1, 64, 4, 4, 64, 3, padding=1)
-IN_A_MODE = "in a function mode"
-OVERHEADS: Mapping[str, tuple[ConvShape, Sequence[Within]]] = {
-    "1×1, never a rung's": (ConvShape(1, 1, 4, 4, 1, 1), ()),
-    "3×3, too small for a rung": (_SMALL, ()),
-    "3×3, a rung forced": (_SMALL, (dispatch.always,)),
-    f"3×3, a rung forced, {IN_A_MODE}": (_SMALL, (dispatch.always, BaseTorchFunctionMode)),
+OVERHEADS: Mapping[str, tuple[ConvShape, bool]] = {
+    "1×1, never a rung's": (ConvShape(1, 1, 4, 4, 1, 1), False),
+    "3×3, too small for a rung": (ConvShape(1, 64, 4, 4, 64, 3, padding=1), False),
+    "3×3, a rung forced": (ConvShape(1, 64, 4, 4, 64, 3, padding=1), True),
 }
-"""Layers too small to matter, and the contexts in which they are called."""
+"""Layers too small to matter, and whether `dispatch.always` is on."""
 
 
 def measure_overheads(
     device: str = "cuda",
-    cases: Mapping[str, tuple[ConvShape, Sequence[Within]]] = OVERHEADS,
+    cases: Mapping[str, tuple[ConvShape, bool]] = OVERHEADS,
     calls: int = 200,
     turns: int = 15,
 ) -> list[Overhead]:
     """Host time of calls, nn.Conv2d and asymconv.Conv2d in turns."""
     found = []
-    for what, (shape, contexts) in cases.items():
+    for what, (shape, force) in cases.items():
         x, weight, _ = random_data(shape, device)
         pair = _layer_pair(shape, weight)
         for training in (False, True):
@@ -345,9 +339,7 @@ def measure_overheads(
             with torch.set_grad_enabled(training):
                 for turn in range(turns + 1):
                     for name, layer in pair.items():
-                        with contextlib.ExitStack() as within:
-                            for context in contexts:
-                                within.enter_context(context())
+                        with dispatch.always() if force else contextlib.nullcontext():
                             took = _host_time(layer, x, calls)
                         if turn:  # the first warms up
                             times[name].append(1e6 * took / calls)

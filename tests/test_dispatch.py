@@ -279,9 +279,7 @@ class TestRecords:
                 assert row.ratio >= 1.8, where
         assert any("forced" in call.what for call in layers.overheads)
         for call in layers.overheads:
-            assert call.ours - call.theirs <= (100 if comparison.IN_A_MODE in call.what else 15), (
-                call
-            )
+            assert call.ours - call.theirs <= 15, call
 
     def test_no_row_is_slower(self) -> None:
         rows = comparison.load_layers().rows
