@@ -17,7 +17,7 @@ import torch
 from asymconv import build, measure, record
 from asymconv.check import check, random_data
 from asymconv.kernels import Rung
-from asymconv.kernels.ptx import BULK, BULK_EVICT_FIRST, HOPPER
+from asymconv.kernels.ptx import BULK, BULK_EVICT_FIRST, CLOCK, HOPPER
 from asymconv.problem import BYTES_PER_FLOAT, CONTRACT, ConvShape
 
 NOTHING, REGISTERS, ROWS, BULK_COPIES = range(4)
@@ -30,11 +30,16 @@ SOURCE = (
     HOPPER
     + BULK
     + BULK_EVICT_FIRST
+    + CLOCK
     + r"""
 constexpr int NOTHING = 0, REGISTERS = 1, ROWS = 2, BULK_COPIES = 3;  // STORE
-constexpr int CHANNELS = 64, FILTERS = 128, TILE_W = 128, HALO = 2;
+constexpr int CHANNELS = 64, FILTERS = 128, HALO = 2;
+// Strips WIDTH times as wide are shared by WIDTH blocks: longer pieces of fewer channels, as many
+// bytes a row.
+constexpr int TILE_W = 128 * WIDTH, BLOCK_C = CHANNELS / WIDTH, BLOCK_K = FILTERS / WIDTH;
 constexpr int WRITERS = 256, THREADS = WRITERS + 32;  // a warp reads
-constexpr int WARP_K = FILTERS / (WRITERS / 32);
+constexpr int WARP_K = BLOCK_K / (WRITERS / 32);
+static_assert(BLOCK_K % (WRITERS / 32) == 0 && CHANNELS % WIDTH == 0, "a warp has whole filters");
 static_assert(ALIGN == 2 || ALIGN % 4 == 0 && ALIGN <= 32, "floats; rows start on 8 bytes anyway");
 static_assert(STORE != BULK_COPIES || ALIGN >= 4, "bulk copies need 16 bytes");
 static_assert(!COMPLETE || STORE == BULK_COPIES && LOAD, "what k07 does");
@@ -42,30 +47,41 @@ static_assert(!COMPLETE || STORE == BULK_COPIES && LOAD, "what k07 does");
 // A strip's rows begin at the first multiple of ALIGN floats of memory: so many columns more.
 constexpr int WINDOW_W = TILE_W + (ALIGN < 8 ? 8 : ALIGN) + 4;  // with the halo
 constexpr int LANDING_PITCH = TILE_W + 32 + 4;                  // floats
-constexpr int LANDING = CHANNELS * LANDING_PITCH, LANDINGS = 3;
+constexpr int LANDING = BLOCK_C * LANDING_PITCH, LANDINGS = 3;
 constexpr int STAGING_PITCH = TILE_W + 8;  // 16 bytes, and other banks from filter to filter
 struct Shared {
   float landing[LANDINGS][LANDING];
-  float staging[FILTERS * STAGING_PITCH];
+  float staging[BLOCK_K * STAGING_PITCH];
   unsigned long long full[LANDINGS], empty[LANDINGS];
 };
 static_assert(sizeof(Shared) <= 227 * 1024, "more shared memory than a block can have");
 
-// A warp: a lane copies two channels of each row of its block's part of a strip.
+// What a block has: of a strip's channels every WIDTH-th, and the filters that are copies of those.
+__device__ __forceinline__ int channel_at(int place) { return blockIdx.x % WIDTH + place * WIDTH; }
+__device__ __forceinline__ int filter_at(int place) {
+  return channel_at(place % BLOCK_C) + place / BLOCK_C * CHANNELS;
+}
+
+// A warp: a lane copies its channels of each row of its block's part of a strip.
 __device__ __forceinline__ void read_rows(const float* __restrict__ x, const Conv& c, int n,
                                           int first, int rows, int ow0, Shared* shared) {
   const int lane = threadIdx.x % 32;
+  const unsigned long long began = PACE ? nanoseconds() : 0;
   for (int row = 0; row < rows; ++row) {
     const int place = row % LANDINGS;
+    while (PACE && nanoseconds() < began + (unsigned long long)row * PACE) {
+    }
+    __syncwarp();
     // COMPLETE: on into the next row, which follows
     const int columns = COMPLETE && first + row + 1 < c.H ? 2 * c.W : c.W;
     const int count = min(WINDOW_W, columns - ow0);
     const unsigned full = shared_address(&shared->full[place]);
     mbarrier_wait(shared_address(&shared->empty[place]), row / LANDINGS & 1 ^ 1);
-    mbarrier_arrive_expect(full, 2 * 4 * count);
-    for (int channel = lane; channel < CHANNELS; channel += 32) {
-      const float* const from = x + (((long long)n * CHANNELS + channel) * c.H + first + row) * c.W;
-      const unsigned to = shared_address(&shared->landing[place][channel * LANDING_PITCH]);
+    mbarrier_arrive_expect(full, (BLOCK_C - lane + 31) / 32 * 4 * count);
+    for (int i = lane; i < BLOCK_C; i += 32) {
+      const long long plane = (long long)n * CHANNELS + channel_at(i);
+      const float* const from = x + (plane * c.H + first + row) * c.W;
+      const unsigned to = shared_address(&shared->landing[place][i * LANDING_PITCH]);
       if (EVICT_LOADS) {
         bulk_load_evict_first(to, from + ow0, 4 * count, full);
       } else {
@@ -84,12 +100,12 @@ __device__ __forceinline__ void write_two(float* to, float2 v) {
   }
 }
 
-// 16 filters of one row, by a warp.
+// WARP_K filters of one row, by a warp.
 __device__ __forceinline__ void write_row(float* __restrict__ y, const Conv& c, int n, int oh,
                                           int ow0, const float* landing, float* staging) {
   const int lane = threadIdx.x % 32, k0 = threadIdx.x / 32 * WARP_K;
   const auto value = [&](int k, int column) {  // and its neighbour
-    const float* const from = landing + k % CHANNELS * LANDING_PITCH + column;
+    const float* const from = landing + k % BLOCK_C * LANDING_PITCH + column;
     return LOAD ? make_float2(from[0], from[1])
                 : make_float2((float)(ow0 + column), (float)(ow0 + column + 1));
   };
@@ -101,7 +117,8 @@ __device__ __forceinline__ void write_row(float* __restrict__ y, const Conv& c, 
     return (int)(-((unsigned long long)p >> 2) & (ALIGN - 1));
   };
   const auto row_of = [&](int k) {
-    float* const first = y + (((long long)n * FILTERS + k) * c.OH + oh) * c.OW + ow0;
+    const long long plane = (long long)n * FILTERS + filter_at(k);
+    float* const first = y + (plane * c.OH + oh) * c.OW + ow0;
     const int skip = to_aligned(first), left = c.OW - ow0 - skip;
     const bool completes = COMPLETE && left > 0 && left <= TILE_W && oh + 1 < c.OH;
     const int more = completes ? to_aligned(first + skip + left) : 0;
@@ -171,8 +188,9 @@ __global__ void __launch_bounds__(THREADS, 1)
   }
   __syncthreads();
   // Strips are the fastest index: neighbours run side by side.
-  const int strips = (c.OW + TILE_W - 1) / TILE_W, part = blockIdx.x / strips % PARTS;
-  const int n = blockIdx.x / strips / PARTS, ow0 = blockIdx.x % strips * TILE_W;
+  const int strips = (c.OW + TILE_W - 1) / TILE_W, strip = blockIdx.x / WIDTH;
+  const int part = strip / strips % PARTS, n = strip / strips / PARTS;
+  const int ow0 = strip % strips * TILE_W;
   const int first = (int)((long long)c.OH * part / PARTS);
   const int rows = (int)((long long)c.OH * (part + 1) / PARTS) - first;
   const int read = min(rows + HALO, c.H - first);  // as a 3x3 convolution reads
@@ -197,7 +215,7 @@ extern "C" int asymconv_launch(const float* x, const float* w, const float* bias
   const cudaError_t error = cudaFuncSetAttribute(
       move_strips, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error != cudaSuccess) return (int)error;
-  const int blocks = c->N * PARTS * ((c->OW + TILE_W - 1) / TILE_W);
+  const int blocks = WIDTH * c->N * PARTS * ((c->OW + TILE_W - 1) / TILE_W);
   move_strips<<<blocks, THREADS, sizeof(Shared), (cudaStream_t)stream>>>(x, y, *c);
   return (int)cudaGetLastError();
 }
@@ -241,6 +259,8 @@ STRIPS = Rung(
         "EVICT_STORES": 0,
         "COMPLETE": 0,
         "PARTS": 2,
+        "WIDTH": 1,
+        "PACE": 0,
     },
     variants=(
         _way(NOTHING, 8),
@@ -260,12 +280,18 @@ STRIPS = Rung(
         _way(BULK_COPIES, 8, EVICT_STORES=1, EVICT_LOADS=1),
         _way(BULK_COPIES, 8, COMPLETE=1),
         _way(BULK_COPIES, 32, COMPLETE=1),
+        *(_way(BULK_COPIES, 8, COMPLETE=1, WIDTH=times) for times in (2, 4, 8)),
+        *(_way(NOTHING, 8, WIDTH=times) for times in (2, 8)),
+        *(_way(BULK_COPIES, 8, COMPLETE=1, PARTS=parts) for parts in (4, 8)),
+        *(_way(BULK_COPIES, 8, COMPLETE=1, PACE=ns) for ns in (4300, 4450, 4600, 4750)),
     ),
 )
 """Built like a rung. STORE: a way to write. ALIGN: floats of memory at whose multiples a strip's
 rows begin; 2 is where they happen to (8 is a sector, 32 a line). LOAD: whether it reads. EVICT_*:
 whether L2 lets go of these lines first. COMPLETE: whether a row's last strip also writes the first
-columns of the next row, up to a multiple of ALIGN. PARTS: of a strip, a block each."""
+columns of the next row, up to a multiple of ALIGN. PARTS: of a strip, a block each. WIDTH: of a
+strip, in 128 columns, shared by as many blocks. PACE: ns from a row that a block reads to the next,
+at least."""
 
 
 def expected(x: torch.Tensor, shape: ConvShape, defines: Mapping[str, int]) -> torch.Tensor:
@@ -305,12 +331,13 @@ def _bytes(shape: ConvShape, constants: Mapping[str, int]) -> int:
 def describe(defines: Mapping[str, int]) -> str:
     """What a variant does, in words for a table or figure."""
     constants = STRIPS.constants(defines)
+    piece = f"{512 * constants['WIDTH']} bytes"
     if constants["STORE"] == NOTHING:
-        return "reads, writes nothing"
+        return f"reads {piece} at a time, writes nothing"
     ways = {
         REGISTERS: "requests of 8 filters by 32 bytes",
         ROWS: "requests of 256 bytes",
-        BULK_COPIES: "bulk copies of 512 bytes",
+        BULK_COPIES: f"bulk copies of {piece}",
     }
     starts = {2: "", 4: ", from 16 bytes", 8: ", from sectors", 16: ", from 64 bytes"}
     text = ways[constants["STORE"]] + starts.get(constants["ALIGN"], ", from lines")
@@ -319,6 +346,10 @@ def describe(defines: Mapping[str, int]) -> str:
         text += f", {' and '.join(evicted)} evicted first"
     if constants["COMPLETE"]:
         text += ", the next row's begin too"
+    if constants["PARTS"] != STRIPS.defines["PARTS"]:
+        text += f", {constants['PARTS']} parts"
+    if constants["PACE"]:
+        text += f", a row every {constants['PACE'] / 1000:g} µs"
     return text if constants["LOAD"] else text + ", reads nothing"
 
 

@@ -30,6 +30,9 @@ HERE = [
     {"ALIGN": 8, "EVICT_LOADS": 1},
     {"ALIGN": 8, "COMPLETE": 1},
     {"ALIGN": 32, "COMPLETE": 1},
+    {"COMPLETE": 1, "WIDTH": 2},
+    {"WIDTH": 8},
+    {"COMPLETE": 1, "PACE": 4600},
 ]
 
 

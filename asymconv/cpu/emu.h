@@ -188,6 +188,9 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlock = 8,
   cudaDevAttrWarpSize = 10,
   cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMemoryClockRate = 36,
+  cudaDevAttrGlobalMemoryBusWidth = 37,
+  cudaDevAttrL2CacheSize = 38,
   cudaDevAttrMaxThreadsPerMultiProcessor = 39,
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
@@ -200,7 +203,8 @@ cudaError_t cudaPeekAtLastError();
 const char* cudaGetErrorString(cudaError_t error);
 const char* cudaGetErrorName(cudaError_t error);
 // An imaginary GPU: compute capability 9.0 (but no tensor maps, no clusters), 4 SMs so that
-// persistent kernels loop on small shapes, 227 KiB of dynamic shared memory.
+// persistent kernels loop on small shapes, 227 KiB of dynamic shared memory, an H100's memory, and
+// L2 that is small, so that what is meant for more than it holds runs.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 EMU_INLINE cudaError_t cudaGetDevice(int* device) {
   *device = 0;

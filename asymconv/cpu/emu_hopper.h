@@ -60,6 +60,9 @@ void bulk_commit();
 void bulk_wait_read(int groups_left = 0);
 void bulk_wait(int groups_left = 0);
 
+// %globaltimer: moves on when it is looked at, so that whoever waits for a time is not slow.
+unsigned long long nanoseconds();
+
 // max.NaN.f32
 EMU_INLINE float max_nan(float a, float b) {
   if (a != a || b != b) return bit_cast<float>(0x7fffffffu);

@@ -744,6 +744,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = emu::kDefaultDynamicShared; break;
     case cudaDevAttrWarpSize: *value = emu::kWarp; break;
     case cudaDevAttrMultiProcessorCount: *value = multiprocessors; break;
+    case cudaDevAttrMemoryClockRate: *value = 2619000; break;      // kHz
+    case cudaDevAttrGlobalMemoryBusWidth: *value = 5120; break;    // bits
+    case cudaDevAttrL2CacheSize: *value = 16 * 1024; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
     case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; break;

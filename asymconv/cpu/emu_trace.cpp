@@ -947,6 +947,13 @@ void __sanitizer_cov_trace_pc() {
   if (!emu::self || !emu::trace::counting) return;
   emu::trace::enter_basic_block(__builtin_return_address(0));
 }
+// std::atomic: a launcher's, on the host.
+unsigned __tsan_atomic32_load(const volatile unsigned* p, int) {
+  return __atomic_load_n(p, __ATOMIC_SEQ_CST);
+}
+void __tsan_atomic32_store(volatile unsigned* p, unsigned value, int) {
+  __atomic_store_n(p, value, __ATOMIC_SEQ_CST);
+}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 

@@ -33,7 +33,7 @@ constexpr int REDOS_W = (PRODUCT_W + REDO_W - 1) / REDO_W;
 constexpr int ITEMS_UNDER_WAY = 4;  // producers are RING rows ahead at most, items have 3 or more
 """
 
-PLAN = r"""
+_PLAN = r"""
 // The same value, of which the compiler knows nothing: it cannot compute addresses once and for
 // all and keep them, where registers are scarcer than multiplications.
 __device__ __forceinline__ int opaque(int value) {
@@ -62,7 +62,7 @@ struct Plan {
   // next row's begin. So the last strip computes the next row's first outputs as well, and
   // completes the sector in which a row ends and the next begins.
   bool completes;
-};
+MORE};
 struct Item {
   int n, oh0, rows, ow0;
 };
@@ -77,7 +77,7 @@ __device__ __forceinline__ Item item_at(int index, const Plan& plan, const Conv&
 // rows, and some to start with.
 static Plan plan_for(const Conv& c, int blocks) {
   constexpr int START = 6;  // rows' worth
-  constexpr int MOST_ROWS = 128;  // of a part: longer ones took 2.5 % more time
+  constexpr int MOST_ROWS = ROWS_OF_A_PART;
   Plan best = {};
   long long least = LLONG_MAX;
   const int strips = (c.OW + TILE_W - 1) / TILE_W;
@@ -282,7 +282,7 @@ SETTLED
 }
 """
 
-HOPPER_KERNEL = r"""
+_HOPPER_KERNEL = r"""
 constexpr int SHARED_BYTES = STATE_AT + sizeof(State);
 static_assert(SHARED_BYTES <= 227 * 1024, "more shared memory than a block can have");
 
@@ -332,13 +332,32 @@ extern "C" int asymconv_launch(const float* x, const float* w, const float* bias
   if (error != cudaSuccess) return (int)error;
   const int blocks_k = (c->K + BLOCK_K - 1) / BLOCK_K;
   const int at_once = max(1, multiprocessors / blocks_k);
-  const Plan plan = plan_for(*c, at_once);
+  const Plan plan = PLANNED;
   const int blocks = blocks_k * min(plan.items, at_once);
   kernel<<<blocks, THREADS, SHARED_BYTES, (cudaStream_t)stream>>>(x, w, bias, y, *c, plan,
                                                                  blocks_k);
   return (int)cudaGetLastError();
 }
 """
+
+
+def plan(most_rows: int, more: str = "") -> str:
+    """How the work is shared out.
+
+    Args:
+        most_rows: of output that a part of a strip has.
+        more: members of Plan, 0 unless the launch says otherwise.
+    """
+    return _PLAN.replace("MORE", more).replace("ROWS_OF_A_PART", str(most_rows))
+
+
+def hopper_kernel(planned: str = "plan_for(*c, at_once)") -> str:
+    """The kernel and its launch.
+
+    Args:
+        planned: the Plan of a launch, a C++ expression.
+    """
+    return _HOPPER_KERNEL.replace("PLANNED", planned)
 
 
 def bad_rows(most_runs: int) -> str:

@@ -405,6 +405,27 @@ __device__ __forceinline__ void store(Sums& sum, Header& h, float* __restrict__ 
                 *reinterpret_cast<const float2*>(rows + r * OUT_PITCH + j);
           }
         }
+      } else if (oh < c.OH && count >= 8) {  // the same; pairs of memory are none of shared memory
+        constexpr int LANES = TILE_W / 2, AT_ONCE = 32 / LANES;
+        const int r0 = lane / LANES;
+        #pragma unroll 1
+        for (int i = r0; i < 8; i += AT_ONCE) {
+          float* const to = out + i * plane;
+          const int shift = (int)((size_t)to / 4 % 8);
+          const float* const from = rows + i * OUT_PITCH;
+          const int end = min(width, ends ? TILE_W : TILE_W - shift);
+          #pragma unroll 1
+          for (int j = lane % LANES * 2 - shift; j < end; j += TILE_W) {
+            const bool one = j >= first, two = j + 1 >= first && j + 1 < end;
+            if (one && two) {
+              *reinterpret_cast<float2*>(to + j) = make_float2(from[j], from[j + 1]);
+            } else if (one) {
+              to[j] = from[j];
+            } else if (two) {
+              to[j + 1] = from[j + 1];
+            }
+          }
+        }
       } else if (oh < c.OH) {
         #pragma unroll 1
         for (int r = 0; r < min(8, count); ++r) {

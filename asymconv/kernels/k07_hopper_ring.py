@@ -37,21 +37,22 @@ without products, are 2 to 3 % less in a log.
 
 from asymconv.kernels.half_range import HALF_RANGE
 from asymconv.kernels.hopper_rows import (
-    HOPPER_KERNEL,
     IN_ROW,
     INCLUDES,
     OUT_ROW,
-    PLAN,
     WARP_ARRIVES,
     bad_rows,
+    hopper_kernel,
+    plan,
     redo,
     refusal,
 )
-from asymconv.kernels.ptx import BULK, BULK_EVICT_FIRST, HOPPER, MMA, wgmma_f16_ra
+from asymconv.kernels.ptx import BULK, BULK_EVICT_FIRST, CLOCK, HOPPER, MMA, wgmma_f16_ra
 from asymconv.kernels.rung import Rung
 
 DEFINES = {
     "ALIGN": 8,
+    "PACE": 79,
     "RING": 4,
     "LANDINGS": 2,
     "EVICT_LOADS": 0,
@@ -61,13 +62,18 @@ DEFINES = {
 VARIANTS = (
     {"ALIGN": 8},
     {"ALIGN": 4},
+    {"PACE": 0},
+    {"PACE": 72},
+    {"PACE": 76},
+    {"PACE": 82},
+    {"PACE": 86},
     {"LANDINGS": 1},
     {"EVICT_LOADS": 1},
     {"EVICT_STORES": 1},
     {"EVICT_LOADS": 1, "EVICT_STORES": 1},
 )
-"""Whole sectors; writing where bulk copies may begin; fetching one row ahead in place of two; lines
-that L2 lets go of first."""
+"""Whole sectors; writing where bulk copies may begin; no pace, slower and faster ones; fetching one
+row ahead in place of two; lines that L2 lets go of first."""
 
 LAYOUT = r"""
 // A strip is 128 columns wide; its products are 136, so that each output row can start at the first
@@ -103,21 +109,24 @@ constexpr int ROUND = 2 * RING;  // rows after which slots and parities of barri
 // from filter to filter: lanes that write 8 bytes for 4 filters meet no bank twice.
 constexpr int STAGING_PITCH = PRODUCT_W * 4;
 
-// Weights go through ring and staging on their way into registers: a warp turns 8 filters at a
-// time, (filter, tap, channel). 36 words from tap to tap, 20 from filter to filter in their banks:
-// no conflicts for ldmatrix, few for the stores.
+// Weights go through staging and the ring's last row on their way into registers: a warp turns 8
+// filters at a time, (filter, tap, channel). 36 words from tap to tap, 20 from filter to filter in
+// their banks: no conflicts for ldmatrix, few for the stores.
 constexpr int TURN_TAP = PIXEL + 16, TURN_FILTER = TAPS * TURN_TAP, TURN = 8 * TURN_FILTER;
 
 constexpr int RING_AT = PRODUCERS / 32 * LANDINGS * LANDING;
 constexpr int STAGING_AT = RING_AT + RING * RING_ROW;
 constexpr int STATE_AT = STAGING_AT + BLOCK_K * STAGING_PITCH;
 static_assert(RING_AT % 1024 == 0 && STAGING_AT % 16 == 0, "swizzle, bulk copies");
-static_assert(RING_AT + CONSUMERS / 32 * TURN <= STATE_AT, "the weights' way");
+constexpr int TURNS_AT = STATE_AT - CONSUMERS / 32 * TURN;
+static_assert(TURNS_AT % 16 == 0 && TURNS_AT >= RING_AT + R * RING_ROW,
+              "the first product's rows are filled meanwhile");
 
 """
 
 STATE = r"""
 struct RingState {
+  unsigned long long began;  // ns
   unsigned long long full[RING], empty[RING], landed[PRODUCERS / 32][LANDINGS];
   BadRows bad[ITEMS_UNDER_WAY];
   int scale, weights_bad, bad_runs;  // scale: the exponent that x is scaled by
@@ -136,8 +145,52 @@ struct RingState {
     }
     for (int i = 0; i < ITEMS_UNDER_WAY; ++i) bad[i] = {INT_MAX, -1};
     weights_bad = 0;
+    began = nanoseconds();
   }
 };
+
+"""
+
+PACE = r"""
+// Bytes a nanosecond that a device's memory moves at its peak. Kept: drivers may ask the card.
+static float memory_peak(int device) {
+  constexpr int MOST_DEVICES = 64;
+  static std::atomic<float> peaks[MOST_DEVICES];  // 0: not asked yet
+  const bool kept = device < MOST_DEVICES;
+  if (kept && peaks[device] > 0.0f) return peaks[device];
+  int khz = 0, bits = 0;
+  cudaDeviceGetAttribute(&khz, cudaDevAttrMemoryClockRate, device);
+  cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device);
+  const float peak = 2e-6f * (float)khz * (float)(bits / 8);  // two transfers a cycle
+  if (kept) peaks[device] = peak;
+  return peak;
+}
+
+// Blocks that go as fast as they can crowd device memory, and all of them get slower. So rows are
+// fetched by the clock: the same row by all blocks at the same time, and as many as memory bears,
+// PACE percent of its peak. Who is late does not wait. Not for what L2 may hold.
+static Plan paced(Plan plan, const Conv& c, int blocks, int device) {
+  int l2 = 0;
+  cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device);
+  const double rows_in = c.OH + (R - 1.0) * plan.parts;  // parts read their halo again
+  const double bytes = 4.0 * c.N * (c.C * rows_in * c.W + (double)c.K * c.OH * c.OW);
+  const double rate = PACE / 100.0 * memory_peak(device);
+  if (bytes <= 4.0 * l2 || rate <= 0.0) return plan;
+  const int rounds = (plan.items + blocks - 1) / blocks;
+  plan.pace = (unsigned)min(1e6, bytes / rate / rounds / (plan.rows + R - 1));
+  // until a block has its weights, which come at some 21 bytes a ns
+  plan.lead = 1000 + 4 * TAPS * c.C * min(c.K, BLOCK_K) / 21;
+  return plan;
+}
+
+// Until row q of a block may be asked for.
+__device__ __forceinline__ void wait_for_time(const RingState* state, const Plan& plan, int q) {
+  if (plan.pace == 0) return;
+  const unsigned long long time = state->began + plan.lead + (unsigned long long)q * plan.pace;
+  while (nanoseconds() < time) {
+  }
+  __syncwarp();
+}
 
 """
 
@@ -198,6 +251,7 @@ __device__ __forceinline__ void fetch(unsigned char* landing, unsigned landed, i
   float* const to = reinterpret_cast<float*>(landing + lane * LANDING_PITCH) + at.before;
   if (!WIDE && bytes > 0) {
     if (from - lead < x || from - lead + bytes / 4 > x + values) {
+      #pragma unroll 1
       for (int i = 0; i < count; ++i) to[lead + i] = __ldg(from + i);
       bytes = 0;
     }
@@ -325,6 +379,7 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
     Cursor ahead = now;  // LANDINGS rows from the one that was converted
     #pragma unroll 1
     for (int i = 1; i < LANDINGS; ++i) ahead.next(plan, c, item_step);
+    wait_for_time(state, plan, q);
     fetch_row(ahead, place);
   }
 }
@@ -337,32 +392,46 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
 using Weights = unsigned[TAPS * PARTS][4];
 __device__ __forceinline__ bool load_weights(Weights& a, const float* __restrict__ w,
                                              const float* __restrict__ bias, const Conv& c, int k0,
-                                             int warp_k, unsigned char* turn, RingState* state,
-                                             int input_scale) {
+                                             int warp_k, int turn_first, unsigned char* turn,
+                                             RingState* state, int input_scale) {
   constexpr int AT_ONCE = 2, LOADS = CHANNELS * TAPS / 32;  // filters under way; values of a lane
   bool good = true;
   #pragma unroll
   for (int eight = 0; eight < 2; ++eight) {
     const int lane = thread_again() % 32;
+    // Where a lane's first values go in a turned filter: TAPS more are 32 channels further.
+    int place[TAPS];
+    #pragma unroll
+    for (int i = 0; i < TAPS; ++i) {
+      const int at = lane + 32 * i;
+      place[i] = at % TAPS * TURN_TAP + at / TAPS * 2;
+    }
     __syncwarp();
     #pragma unroll 1
-    for (int first = 0; first < 8; first += AT_ONCE) {
+    for (int i = 0; i < 8; i += AT_ONCE) {
+      const int first = (i + turn_first) % 8;
       const int k = warp_k + eight * 8 + first;
       float value[AT_ONCE][LOADS];
       #pragma unroll
       for (int f = 0; f < AT_ONCE; ++f) {
-        const float* const filter = w + (long long)(k0 + k + f) * c.C * TAPS;
-        #pragma unroll
-        for (int i = 0; i < LOADS; ++i) {
-          const int at = lane + 32 * i;
-          value[f][i] = k0 + k + f < c.K && at < c.C * TAPS ? __ldg(filter + at) : 0.0f;
+        const float* const filter = w + (long long)(k0 + k + f) * c.C * TAPS + lane;
+        const int there = k0 + k + f < c.K ? c.C * TAPS : 0;
+        if (there == CHANNELS * TAPS) {
+          #pragma unroll
+          for (int i = 0; i < LOADS; ++i) value[f][i] = __ldg(filter + 32 * i);
+        } else {
+          #pragma unroll
+          for (int i = 0; i < LOADS; ++i) {
+            value[f][i] = lane + 32 * i < there ? __ldg(filter + 32 * i) : 0.0f;
+          }
         }
       }
       #pragma unroll
       for (int f = 0; f < AT_ONCE; ++f) {
-        unsigned largest = 0;
+        HalfRuns seen;
         #pragma unroll
-        for (int i = 0; i < LOADS; ++i) largest = max(largest, magnitude(value[f][i]));
+        for (int i = 0; i < LOADS; ++i) seen.look_at(fabsf(value[f][i]));
+        unsigned largest = magnitude(seen.most);
         for (int lanes = 1; lanes < 32; lanes *= 2) {
           largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
         }
@@ -374,16 +443,13 @@ __device__ __forceinline__ bool load_weights(Weights& a, const float* __restrict
           state->exponent[k + f] = (signed char)min(126, max(-126, exponent));
           state->bias[k + f] = bias && k0 + k + f < c.K ? __ldg(bias + k0 + k + f) : 0.0f;
         }
-        bool all = true;
+        unsigned char* const to = turn + (first + f) * TURN_FILTER;
         #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
-          all = all && range.holds(magnitude(value[f][i]));
-          const int at = lane + 32 * i, channel = at / TAPS, tap = at % TAPS;
-          __half* const to = reinterpret_cast<__half*>(turn + (first + f) * TURN_FILTER +
-                                                       tap * TURN_TAP + channel * 2);
-          *to = __float2half_rn(factor * value[f][i]);
+          __half* const half = reinterpret_cast<__half*>(to + place[i % TAPS] + i / TAPS * 64);
+          *half = __float2half_rn(factor * value[f][i]);
         }
-        if (__all_sync(0xffffffffu, all)) continue;
+        if (__all_sync(0xffffffffu, range.holds(seen))) continue;
         // runs: the taps of a channel
         for (int channel = lane; channel < c.C; channel += 32) {
           unsigned run = 0;
@@ -496,12 +562,15 @@ SOURCE = (
     + HOPPER
     + BULK
     + BULK_EVICT_FIRST
+    + CLOCK
     + wgmma_f16_ra(136)
     + INCLUDES
+    + "#include <atomic>\n"
     + LAYOUT
     + bad_rows(most_runs=32)
     + STATE
-    + PLAN
+    + plan(most_rows=256, more="  unsigned lead, pace;  // ns: see paced\n")
+    + PACE
     + CURSOR
     + WINDOW
     + FETCH
@@ -543,11 +612,16 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
                                         const Conv& c, const Plan& plan, int blocks_k,
                                         unsigned char* shared, State* state, int scale) {
   Weights a;
-  unsigned char* const turn = shared + RING_AT + threadIdx.x / 32 * TURN;
+  unsigned char* const turn = shared + TURNS_AT + threadIdx.x / 32 * TURN;
   const int k0 = blockIdx.x % blocks_k * BLOCK_K;
   const int warp_k = threadIdx.x / 32 * 16;
-  if (!load_weights(a, w, bias, c, k0, warp_k, turn, state, scale)) state->weights_bad = 1;
-  for (int i = 0; i < RING; ++i) release_row(state, i);  // of weights
+  for (int i = 0; i < R; ++i) release_row(state, i);
+  const int turn_first = (int)blockIdx.x / blocks_k % 4 * 2;  // not all blocks the same at once
+  if (!load_weights(a, w, bias, c, k0, warp_k, turn_first, turn, state, scale)) {
+    state->weights_bad = 1;
+  }
+  for (int i = R; i < RING; ++i) release_row(state, i);  // weights have been there
+  named_barrier<CONSUMERS>(1);                           // and where others stage
 
   const unsigned ring = shared_address(shared) + RING_AT;
   // Both in one register: the row of the item, and where the ring stood at its first.
@@ -580,7 +654,7 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
   }
 }
 """
-    + HOPPER_KERNEL
+    + hopper_kernel("paced(plan_for(*c, at_once), *c, at_once, device)")
 )
 
 

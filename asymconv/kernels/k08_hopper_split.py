@@ -51,13 +51,13 @@ products had to be saved.
 
 from asymconv.kernels.half_range import HALF_RANGE
 from asymconv.kernels.hopper_rows import (
-    HOPPER_KERNEL,
     IN_ROW,
     INCLUDES,
     OUT_ROW,
-    PLAN,
     WARP_ARRIVES,
     bad_rows,
+    hopper_kernel,
+    plan,
     redo,
     refusal,
 )
@@ -716,7 +716,7 @@ SOURCE = (
     + LAYOUT
     + bad_rows(most_runs=24)  # shared memory is full
     + STATE
-    + PLAN
+    + plan(most_rows=128)
     + PRODUCE
     + IN_ROW
     + CONVERT
@@ -725,7 +725,7 @@ SOURCE = (
     + OUT_ROW
     + redo("CONSUMERS", settled="  named_barrier<CONSUMERS>(1);  // all rows are stored\n")
     + CONSUME
-    + HOPPER_KERNEL
+    + hopper_kernel()
 )
 
 

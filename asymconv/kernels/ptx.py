@@ -334,6 +334,19 @@ __device__ __forceinline__ void bulk_store_evict_first(void* global, unsigned sh
 }
 """
 
+CLOCK = r"""
+// PTX ISA 10, %globaltimer: nanoseconds, the same on all of a device's multiprocessors.
+__device__ __forceinline__ unsigned long long nanoseconds() {
+#ifdef __CUDACC__
+  unsigned long long now;
+  asm volatile("mov.u64 %0, %%globaltimer;\n" : "=l"(now));
+  return now;
+#else
+  return emu::nanoseconds();
+#endif
+}
+"""
+
 
 def _wgmma_sums(columns: int) -> tuple[int, str, str]:
     """A thread's sums of 64 x columns: how many, their places in the text, their constraints."""
