@@ -266,6 +266,26 @@ def strips(record: WriteRecord = False, output: RecordPath = None) -> None:
 
 
 @app.command()
+def ablations(record: WriteRecord = False, output: RecordPath = None) -> None:
+    """Time k07 with parts left out, other paces and what else was tried in it."""
+    from asymconv import ablations as experiment
+
+    _need_gpu("ablations")
+    with console.status("building, checking, timing"):
+        result = experiment.measure_ablations()
+    table = Table("k07 with", "ms from rest", "warm")
+    for timing in result.timings:
+        if not timing.name.endswith(experiment.WARM):
+            warm = result[timing.name + experiment.WARM].median
+            table.add_row(timing.name, f"{timing.median:.3f}", f"{warm:.3f}")
+    console.print(table)
+    if record:
+        path = output or experiment.RECORD
+        result.save(path)
+        console.print(f"record: {path}", soft_wrap=True)
+
+
+@app.command()
 def accuracy(record: WriteRecord = False, output: RecordPath = None) -> None:
     """Compare models of rounding, rungs and, on a GPU, PyTorch's own with float64."""
     import torch

@@ -15,6 +15,7 @@ FILES: Mapping[str, str] = {
     "bench": "ladder.json",
     "sweep": "variants.json",
     "strips": "strips.json",
+    "ablations": "ablations.json",
     "accuracy": "accuracy.json",
     "asymmetry": "asymmetry.json",
     "layers": "layers.json",

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from asymconv import (
+    ablations,
     accuracy,
     build,
     comparison,
@@ -546,6 +547,11 @@ def writes(shape: ConvShape) -> Markdown:
         requests = sum(line.requests for line in stores)
         rows.append((moves.describe(variant), f"{requests:,}", f"{touched:.2f}"))
     return table((f"{shape}", "requests", "sectors touched, of whole ones"), rows)
+
+
+def changes(path: Path = ablations.RECORD) -> Picture | Markdown:
+    """The record of `asymconv ablations` as a figure, or that it was not taken yet."""
+    return figure(plots.changes(record.load(path))) if path.exists() else _not_taken("ablations")
 
 
 def writing(path: Path = moves.RECORD) -> Picture | Markdown:

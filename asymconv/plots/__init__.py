@@ -13,10 +13,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from asymconv import accuracy, strips
+from asymconv import ablations, accuracy, strips
 from asymconv import asymmetry as experiments
 from asymconv import record as records
 from asymconv.plots.addresses import Request, sectors
+from asymconv.plots.changes import changes
 from asymconv.plots.errors import error_and_time, growth, histograms
 from asymconv.plots.page import (
     COLOURS,
@@ -49,6 +50,8 @@ def figures_measured() -> dict[str, Callable[[], Figure]]:
     figures: dict[str, Callable[[], Figure]] = {}
     if strips.RECORD.exists():
         figures["writing"] = lambda: writing(records.load(strips.RECORD))
+    if ablations.RECORD.exists():
+        figures["changes"] = lambda: changes(records.load(ablations.RECORD))
     if experiments.RECORD.exists():
         record = experiments.load()
 
@@ -87,6 +90,7 @@ __all__ = [
     "WIDTH",
     "Request",
     "canvas",
+    "changes",
     "colour",
     "draw_all",
     "error_and_time",
