@@ -260,9 +260,12 @@ ABLATIONS: tuple[Ablation, ...] = (
 """What notebook 06 tells of, in its order."""
 
 RECORD = record.DATA_FOLDER / "ablations.json"
-ITSELF, WARM = "k07", ", warm"
+ITSELF, WARM, LONG = "k07", ", warm", ", after 2 s"
+LONG_ONES = (ITSELF, "no clock", "no products", "memory floor", "nn.Conv2d")
+"""What is called for two seconds, too, until its power decides."""
 
 _REST_S, _FIRST, _HEATING, _LAST = 0.2, 10, 40, 20
+_LONG_S, _MEANWHILE = 2.0, 300
 
 
 def time_from_rest(
@@ -285,6 +288,24 @@ def time_from_rest(
                 run()
             times[name + WARM] += measure.time_repeats(run, _LAST)
     return {name: tuple(round(t, 5) for t in series) for name, series in times.items()}
+
+
+def time_for_long(
+    calls: Mapping[str, Callable[[], object]],
+) -> tuple[dict[str, tuple[float, ...]], dict[str, str]]:
+    """Milliseconds of each call after two seconds of it; what the GPU draws then, and its clock."""
+    times, draws = {}, {}
+    for name, run in calls.items():
+        began = time.monotonic()
+        while time.monotonic() - began < _LONG_S:
+            for _ in range(_HEATING):
+                run()
+            torch.cuda.synchronize()
+        for _ in range(_MEANWHILE):
+            run()
+        draws[name] = record.smi("power.draw,clocks.sm")
+        times[name + LONG] = tuple(round(t, 5) for t in measure.time_repeats(run, _LAST))
+    return times, draws
 
 
 def measure_ablations(ablations: Sequence[Ablation] = ABLATIONS, rounds: int = 4) -> record.Record:
@@ -314,15 +335,18 @@ def measure_ablations(ablations: Sequence[Ablation] = ABLATIONS, rounds: int = 4
     calls["nn.Conv2d"] = functools.partial(torch.nn.functional.conv2d, x, weight)
     with measure.convolution_flags("tf32"):
         times = time_from_rest(calls, rounds)
+        long, draws = time_for_long({name: calls[name] for name in LONG_ONES if name in calls})
     built = dict(zip((method.name for method in methods), kernels, strict=True))
     timings = []
-    for name, series in times.items():
-        if (kernel := built.get(name.removesuffix(WARM))) is None:
+    for name, series in (times | long).items():
+        if (kernel := built.get(name.removesuffix(WARM).removesuffix(LONG))) is None:
             timings.append(measure.Timing(name, "peer", "", series))
         else:
             its = {"source_hash": kernel.rung.source_hash, "defines": kernel.defines}
             timings.append(measure.Timing(name, "rung", "", series, **its))
-    return record.make("k07 with something changed", shape, timings, {})
+    made = record.make("k07 with something changed", shape, timings, {})
+    drawn = {f"W and MHz of {name}{LONG}": text for name, text in draws.items()}
+    return replace(made, made={**made.made, **drawn})
 
 
 def is_current(measured: record.Record) -> bool:

@@ -275,7 +275,7 @@ def ablations(record: WriteRecord = False, output: RecordPath = None) -> None:
         result = experiment.measure_ablations()
     table = Table("k07 with", "ms from rest", "warm")
     for timing in result.timings:
-        if not timing.name.endswith(experiment.WARM):
+        if not timing.name.endswith((experiment.WARM, experiment.LONG)):
             warm = result[timing.name + experiment.WARM].median
             table.add_row(timing.name, f"{timing.median:.3f}", f"{warm:.3f}")
     console.print(table)

@@ -151,7 +151,7 @@ def batch_wavefronts(batch: int) -> float:
 START_ROWS = 6
 """What an item costs k07 before its first row and after its last, in rows (`plan_for`)."""
 
-MOST_ROWS = 128
+MOST_ROWS = 256
 """The most rows of a part (`plan_for`)."""
 
 

@@ -45,8 +45,8 @@ def environment() -> dict[str, str | int]:
     properties = torch.cuda.get_device_properties()
     return {
         "gpu": properties.name,
-        "driver": _smi("driver_version"),
-        "max_clock_mhz": int(_smi("clocks.max.sm") or 0),
+        "driver": smi("driver_version"),
+        "max_clock_mhz": int(smi("clocks.max.sm") or 0),
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "memory_bytes": properties.total_memory,
@@ -78,9 +78,9 @@ def revision() -> str:
     return (commit + ("+" if changed else "")) or "unknown"
 
 
-def _smi(field: str) -> str:
-    """One field of the first GPU from nvidia-smi, without its unit; "" where there is none."""
-    lines = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits")
+def smi(fields: str) -> str:
+    """Fields of the first GPU from nvidia-smi, without units; "" where there is none."""
+    lines = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
     return lines.splitlines()[0] if lines else ""
 
 

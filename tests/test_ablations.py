@@ -61,6 +61,7 @@ def test_measuring_on_the_gpu() -> None:
     assert result["no stores"].median < result["k07"].median
     assert result["nn.Conv2d, warm"].median > result["k07, warm"].median
     assert result["no clock"].defines == {"PACE": 0}
+    assert len(result.made["W and MHz of k07, after 2 s"].split(",")) == 2
 
 
 def test_times_are_from_rest_and_warm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +80,17 @@ def test_times_are_from_rest_and_warm(monkeypatch: pytest.MonkeyPatch) -> None:
         "b": 2 * ablations._FIRST,
         "b, warm": 2 * ablations._LAST,
     }
+
+
+def test_the_gpus_power_is_read_while_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(ablations.time, "monotonic", iter(range(100)).__next__)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(record, "smi", lambda fields: f"{fields} after {len(ran)}")
+    monkeypatch.setattr(measure, "time_repeats", lambda run, count: [1.0] * count)
+    times, draws = ablations.time_for_long({"a": lambda: ran.append(0)})
+    assert times == {"a, after 2 s": (1.0,) * ablations._LAST}
+    assert draws == {"a": f"power.draw,clocks.sm after {ablations._HEATING + ablations._MEANWHILE}"}
 
 
 @pytest.fixture

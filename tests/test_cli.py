@@ -14,6 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from asymconv import (
+    ablations,
     accuracy,
     asymmetry,
     comparison,
@@ -259,7 +260,7 @@ def test_every_command_that_records_is_taken_anew() -> None:
     assert set(with_record) == set(retake.FILES)
     paths = (record.LADDER, record.VARIANTS, strips.RECORD, profiler.COUNTERS)
     paths += (comparison.LAYERS_RECORD, comparison.NETWORK_RECORD, accuracy.RECORD)
-    paths += (asymmetry.RECORD,)
+    paths += (asymmetry.RECORD, ablations.RECORD)
     assert {path.name for path in paths} == set(retake.FILES.values())
 
 
