@@ -261,7 +261,7 @@ ABLATIONS: tuple[Ablation, ...] = (
 
 RECORD = record.DATA_FOLDER / "ablations.json"
 ITSELF, WARM, LONG = "k07", ", warm", ", after 2 s"
-LONG_ONES = (ITSELF, "no clock", "no products", "memory floor", "nn.Conv2d")
+LONG_ONES = (ITSELF, "no clock", "no products", "k08", "memory floor", "nn.Conv2d")
 """What is called for two seconds, too, until its power decides."""
 
 _REST_S, _FIRST, _HEATING, _LAST = 0.2, 10, 40, 20
@@ -317,26 +317,29 @@ def measure_ablations(ablations: Sequence[Ablation] = ABLATIONS, rounds: int = 4
     """
     itself = Ablation(ITSELF, "tried")
     methods = (itself, *ablations)
-    kernels = build.load_all([(method.rung(), method.defines) for method in methods])
+    builds = [(method.rung(), method.defines) for method in methods]
+    *kernels, k08 = build.load_all([*builds, (get_rung("k08"), {})])
     few = CONTRACT.with_(batch=1)
     for method, kernel in zip(methods, kernels, strict=True):
         if method.is_right:
             check(kernel, few, "cuda")
+    check(k08, few, "cuda")
     torch.cuda.empty_cache()
     shape = CONTRACT
     x, weight, _ = random_data(shape, "cuda")
     out = torch.empty(shape.output_shape, device="cuda")
     floor = build.load(measure.FLOOR, "cuda")
+    built = dict(zip((method.name for method in methods), kernels, strict=True))
+    built[k08.rung.number] = k08
     calls: dict[str, Callable[[], object]] = {
-        method.name: functools.partial(kernel, x, weight, None, shape, out)
-        for method, kernel in zip(methods, kernels, strict=True)
+        name: functools.partial(kernel, x, weight, None, shape, out)
+        for name, kernel in built.items()
     }
     calls["memory floor"] = functools.partial(floor, x, weight, None, shape, out)
     calls["nn.Conv2d"] = functools.partial(torch.nn.functional.conv2d, x, weight)
     with measure.convolution_flags("tf32"):
         times = time_from_rest(calls, rounds)
         long, draws = time_for_long({name: calls[name] for name in LONG_ONES if name in calls})
-    built = dict(zip((method.name for method in methods), kernels, strict=True))
     timings = []
     for name, series in (times | long).items():
         if (kernel := built.get(name.removesuffix(WARM).removesuffix(LONG))) is None:

@@ -60,6 +60,7 @@ def test_measuring_on_the_gpu() -> None:
     result = ablations.measure_ablations(few, rounds=1)
     assert result["no stores"].median < result["k07"].median
     assert result["nn.Conv2d, warm"].median > result["k07, warm"].median
+    assert result["k08, after 2 s"].source_hash == get_rung("k08").source_hash
     assert result["no clock"].defines == {"PACE": 0}
     assert len(result.made["W and MHz of k07, after 2 s"].split(",")) == 2
 
