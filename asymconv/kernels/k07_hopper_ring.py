@@ -19,6 +19,11 @@ What it changes:
 - Where rows follow each other without padding, the last strip reads on into the next row, computes
   its first outputs as well, and so completes the sector in which a row ends and the next begins.
 - Nothing in a warp waits for memory but the copy it will use next.
+- Rows are fetched by the clock (%globaltimer): the same row by all blocks at the same time, and no
+  faster than device memory bears. Blocks that go as fast as they can get fewer rows done, all of
+  them together; by the clock they are in step, and nobody tells anybody anything.
+- What is not memory's is done while it works: weights take a way through shared memory that leaves
+  room for the first three rows, and not all blocks read the same weights at once.
 - fp32's range does not suffer: see half_range.py.
 
 What was tried before: weights resident in shared memory, rows fetched through registers, sums
@@ -29,10 +34,10 @@ What it predicts, on the contract's shape: 36 wgmma of 64 x 136 x 16 a row and w
 each: 4,900 cycles a row for both, 0.71 ms in all at 1.755 GHz. Then each has 68 values a thread to
 finish and stage, 1,500 to 2,000 cycles: if the warpgroups stay in step, 1.0 ms without memory.
 Memory: 1.29 ms. Shared memory: 2,450 cycles a row for wgmma's pixels, 1,500 for the rest, of 8,600.
-So it should be memory's own time, 1.28 to 1.33 ms.
+So it should be memory's own time, 1.28 to 1.33 ms. That was without the clock.
 
-Measured (notebook 06): 1.32 ms. The memory floor is 14 % less; the same bytes in the same strips,
-without products, are 2 to 3 % less in a log.
+Measured (notebook 06, ablations.json): ⟦1.23⟧ ms, and ⟦1.31⟧ without the clock. The memory floor is
+⟦1.13⟧.
 """
 
 from asymconv.kernels.half_range import HALF_RANGE
