@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from asymconv.kernels import get_rung
 from asymconv.measure import Timing
-from asymconv.problem import ConvShape, Pair
+from asymconv.problem import BYTES_PER_FLOAT, ConvShape, Pair
 
 SECTOR = 8
 """Floats of a sector."""
@@ -152,6 +153,8 @@ START_ROWS = 6
 """What an item costs k07 before its first row and after its last, in rows (`plan_for`)."""
 
 MOST_ROWS = 256
+H100_PEAK = 3352.32
+"""Bytes a ns of an H100 SXM's memory: 5120 bits, 2619 MHz, two transfers a cycle."""
 """The most rows of a part (`plan_for`)."""
 
 
@@ -175,6 +178,24 @@ class Strips:
     items: int
     turns: int
     cost: float
+
+
+def clocked_ms(shape: ConvShape, multiprocessors: int = 132, peak: float = H100_PEAK) -> float:
+    """Least milliseconds that k07's clock lets a shape take: what `paced` of its CUDA text computes.
+
+    Args:
+        shape: of more bytes than four times what L2 holds.
+        multiprocessors: of the GPU.
+        peak: of its memory, bytes a ns.
+    """
+    plan = strips(shape, multiprocessors)
+    rows_in = shape.out_height + (3 - 1) * plan.parts
+    read = shape.in_channels * rows_in * shape.width
+    written = shape.out_channels * shape.out_height * shape.out_width
+    rate = get_rung("k07").defines["PACE"] / 100 * peak
+    filters = min(shape.out_channels, 128)
+    lead = 1000 + 4 * 9 * shape.in_channels * filters / 21
+    return (BYTES_PER_FLOAT * shape.batch * (read + written) / rate + lead) / 1e6
 
 
 def strips(shape: ConvShape, multiprocessors: int = 132, tile_w: int = 128) -> Strips:

@@ -331,6 +331,24 @@ def test_k07s_plan_is_the_kernels() -> None:
         assert line in get_rung("k07").source
 
 
+def test_k07s_clock_is_the_kernels() -> None:
+    rows = 8 * (64 * 514 * 1024 + 128 * 510 * 1022)
+    lead = 1000 + 36 * 64 * 128 / 21
+    assert predictions.clocked_ms(CONTRACT) == pytest.approx(
+        (4 * rows / (0.79 * predictions.H100_PEAK) + lead) / 1e6
+    )
+    assert predictions.H100_PEAK == pytest.approx(2e-6 * 2619000 * (5120 / 8))
+    for line in (  # of `paced` and `memory_peak`, which the function above repeats
+        "const double rows_in = c.OH + (R - 1.0) * plan.parts;",
+        "4.0 * c.N * (c.C * rows_in * c.W + (double)c.K * c.OH * c.OW);",
+        "const double rate = PACE / 100.0 * memory_peak(device);",
+        "bytes / rate / rounds / (plan.rows + R - 1)",
+        "plan.lead = 1000 + 4 * TAPS * c.C * min(c.K, BLOCK_K) / 21;",
+        "2e-6f * (float)khz * (float)(bits / 8);",
+    ):
+        assert line in get_rung("k07").source, line
+
+
 def test_a_batch_as_block_fills_its_warp() -> None:
     assert predictions.batch_wavefronts(1) == 2
     assert predictions.batch_wavefronts(8) == 9 / 8
