@@ -181,7 +181,7 @@ class Strips:
 
 
 def clocked_ms(shape: ConvShape, multiprocessors: int = 132, peak: float = H100_PEAK) -> float:
-    """Least milliseconds that k07's clock lets a shape take: what `paced` of its CUDA text computes.
+    """Least milliseconds that k07's clock lets a shape take: what `paced` of its text computes.
 
     Args:
         shape: of more bytes than four times what L2 holds.

@@ -337,7 +337,7 @@ def test_k07s_clock_is_the_kernels() -> None:
     assert predictions.clocked_ms(CONTRACT) == pytest.approx(
         (4 * rows / (0.79 * predictions.H100_PEAK) + lead) / 1e6
     )
-    assert predictions.H100_PEAK == pytest.approx(2e-6 * 2619000 * (5120 / 8))
+    assert pytest.approx(2e-6 * 2619000 * (5120 / 8)) == predictions.H100_PEAK
     for line in (  # of `paced` and `memory_peak`, which the function above repeats
         "const double rows_in = c.OH + (R - 1.0) * plan.parts;",
         "4.0 * c.N * (c.C * rows_in * c.W + (double)c.K * c.OH * c.OW);",
