@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import BaseTorchFunctionMode
 
 from asymconv import build, dispatch, op, record
 from asymconv.check import check, random_data, tolerance
@@ -322,14 +323,18 @@ OVERHEADS: Mapping[str, tuple[ConvShape, bool]] = {
 }
 """Layers too small to matter, and whether `dispatch.always` is on."""
 
+DETOURS = {"3×3, a rung forced, in a function mode": OVERHEADS["3×3, a rung forced"]}
+"""Likewise, within a mode that looks at every function: such calls go the long way."""
+
 
 def measure_overheads(
     device: str = "cuda",
     cases: Mapping[str, tuple[ConvShape, bool]] = OVERHEADS,
     calls: int = 200,
     turns: int = 15,
+    within: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> list[Overhead]:
-    """Host time of calls, nn.Conv2d and asymconv.Conv2d in turns."""
+    """Host time of calls, nn.Conv2d and asymconv.Conv2d in turns, within a context if told."""
     found = []
     for what, (shape, force) in cases.items():
         x, weight, _ = random_data(shape, device)
@@ -339,7 +344,7 @@ def measure_overheads(
             with torch.set_grad_enabled(training):
                 for turn in range(turns + 1):
                     for name, layer in pair.items():
-                        with dispatch.always() if force else contextlib.nullcontext():
+                        with dispatch.always() if force else contextlib.nullcontext(), within():
                             took = _host_time(layer, x, calls)
                         if turn:  # the first warms up
                             times[name].append(1e6 * took / calls)
@@ -375,7 +380,7 @@ def measure_layers(
         record.environment(),
         {rung.number: rung.source_hash for rung in rungs},
         measure_first_use(rungs),
-        tuple(measure_overheads()),
+        (*measure_overheads(), *measure_overheads(cases=DETOURS, within=BaseTorchFunctionMode)),
     )
     for layer in layers:
         for batch in batches:

@@ -5,7 +5,8 @@ Here on the CPU through emulated rungs; the times are replaced, since none of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,15 @@ def test_calls_cost_little_more_than_nn_conv2ds() -> None:
 
 def test_forced_calls_are_measured_too() -> None:
     tiny = {"3×3, a rung forced": (ConvShape(1, 1, 4, 4, 1, 3), True)}
-    overheads = comparison.measure_overheads("cpu", tiny, calls=1, turns=1)
+    entered = []
+
+    @contextlib.contextmanager
+    def within() -> Iterator[None]:
+        entered.append(dispatch.forced() is not None)
+        yield
+
+    overheads = comparison.measure_overheads("cpu", tiny, calls=1, turns=1, within=within)
+    assert entered == [True] * 8  # two layers, two turns, two directions
     assert [o.what.split(", ")[-1] for o in overheads] == ["without gradients", "with gradients"]
 
 
@@ -261,7 +270,9 @@ def pretended_gpu(no_clock: list[list[str]], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(comparison, "compare_layer", lambda *a: on_gpu(*a, "cpu"))
     monkeypatch.setattr(comparison, "measure_first_use", lambda rungs: {"k07": (12.0, 0.5)})
-    monkeypatch.setattr(comparison, "measure_overheads", lambda: [Overhead("1×1", 20.0, 21.5)])
+    monkeypatch.setattr(
+        comparison, "measure_overheads", lambda **how: [Overhead("1×1", 20.0, 21.5)] * (not how)
+    )
 
 
 def test_layers_prints_the_table_and_saves_as_it_goes(

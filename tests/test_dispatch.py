@@ -279,7 +279,8 @@ class TestRecords:
                 assert row.ratio >= 1.8, where
         assert any("forced" in call.what for call in layers.overheads)
         for call in layers.overheads:
-            assert call.ours - call.theirs <= 15, call
+            if not call.what.startswith(tuple(comparison.DETOURS)):
+                assert call.ours - call.theirs <= 15, call
 
     def test_no_row_is_slower(self) -> None:
         rows = comparison.load_layers().rows
