@@ -208,7 +208,7 @@ struct RingState {
     ),
 )
 
-_PACES = (70, 74, 77, 81, 83, 86)
+_PACES = (70, 74, 76, 77, 79, 80, 83)
 
 ABLATIONS: tuple[Ablation, ...] = (
     Ablation("no products", "left out", (_NO_PRODUCTS,)),

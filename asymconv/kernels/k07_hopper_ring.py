@@ -57,7 +57,7 @@ from asymconv.kernels.rung import Rung
 
 DEFINES = {
     "ALIGN": 8,
-    "PACE": 79,
+    "PACE": 78,
     "RING": 4,
     "LANDINGS": 2,
     "EVICT_LOADS": 0,
@@ -69,7 +69,7 @@ VARIANTS = (
     {"ALIGN": 4},
     {"PACE": 0},
     {"PACE": 72},
-    {"PACE": 76},
+    {"PACE": 75},
     {"PACE": 82},
     {"PACE": 86},
     {"LANDINGS": 1},
