@@ -339,13 +339,14 @@ def describe(defines: Mapping[str, int]) -> str:
         ROWS: "requests of 256 bytes",
         BULK_COPIES: f"bulk copies of {piece}",
     }
-    starts = {2: "", 4: ", from 16 bytes", 8: ", from sectors", 16: ", from 64 bytes"}
-    text = ways[constants["STORE"]] + starts.get(constants["ALIGN"], ", from lines")
+    starts = {2: "", 4: "from 16 bytes", 8: "from sectors", 16: "from 64 bytes"}
+    start = starts.get(constants["ALIGN"], "from lines")
+    if constants["COMPLETE"]:
+        start = start.replace("from", "completing")
+    text = ways[constants["STORE"]] + (f", {start}" if start else "")
     evicted = [name for name in ("loads", "stores") if constants[f"EVICT_{name.upper()}"]]
     if evicted:
         text += f", {' and '.join(evicted)} evicted first"
-    if constants["COMPLETE"]:
-        text += ", the next row's begin too"
     if constants["PARTS"] != STRIPS.defines["PARTS"]:
         text += f", {constants['PARTS']} parts"
     if constants["PACE"]:
