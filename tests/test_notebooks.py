@@ -107,6 +107,9 @@ def words_of_00_to_07() -> dict[str, str]:
     assert faster >= 3.2
     again = record.load(record.DATA_FOLDER / AGAIN)
     hot, hot_faster = again["k07"].median, again["nn.Conv2d"].median / again["k07"].median
+    pitch = asymmetry.get_series("pitch")
+    k08s = asymmetry.load()["pitch"].relative(pitch)["k08"]
+    pairs = 100 * max(k08s[i] - 1 for i, shape in enumerate(pitch.shapes) if shape.out_width % 2)
     channels_last = ladder["channels_last"].median
     k04 = [t for t in record.load(record.VARIANTS).timings if t.name.startswith("k04")]
     tiles = {(t.defines["TILE_H"], t.defines["TILE_W"]): t.median for t in k04}
@@ -134,6 +137,7 @@ def words_of_00_to_07() -> dict[str, str]:
         f"{strict / k08:.1f} times as fast as its strict fp32": "07_precision",
         f"It takes {k08:.2f}.": "07_precision",
         f"k08 misses it, at {k08:.2f}": "07_precision",
+        f"By pairs they take {pairs:.0f} % more than the contract's": "07_precision",
         f"{written:.3f} GB written (counters.json), the output's own size": "07_precision",
     }
 
