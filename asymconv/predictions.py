@@ -153,9 +153,10 @@ START_ROWS = 6
 """What an item costs k07 before its first row and after its last, in rows (`plan_for`)."""
 
 MOST_ROWS = 256
+"""The most rows of a part (`plan_for`)."""
+
 H100_PEAK = 3352.32
 """Bytes a ns of an H100 SXM's memory: 5120 bits, 2619 MHz, two transfers a cycle."""
-"""The most rows of a part (`plan_for`)."""
 
 
 @dataclass(frozen=True)
