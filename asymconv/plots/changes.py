@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from asymconv import ablations
-from asymconv.plots.page import (
-    INK,
-    MARGIN,
-    SOFT,
-    WIDTH,
-    axes_at,
-    colour,
-    draw_ticks,
-    milliseconds,
-    page,
-    record_print,
-    style,
-    write_note,
-)
+from asymconv.plots.bars import Bar, bars
+from asymconv.plots.page import SOFT, colour, milliseconds, record_print
 from asymconv.record import Record, significant
 
 
@@ -47,41 +34,22 @@ def changes(record: Record, source: str = ablations.RECORD.name) -> Figure:
         f"Left out one by one, its parts save {100 * _saved(groups, times):.1f} % at most: the "
         "clock decides. Wrong outputs are grey."
     )
-    step, left = 19.0, 262.0
-    places, y = {}, 0.0
-    for of in groups.values():
-        for name in of:
-            places[name] = y
-            y += 1.0
-        y += 0.6
-    with style():
-        body = step * y
-        figure, bottom, _top = page(body + 22 + 42, title, subtitle, record_print(record, source))
-        axes = axes_at(figure, left, bottom + 42, WIDTH - left - MARGIN - 130, body)
-        axes.set_xlim(0, 1.04 * max(max(times.values()), max(warm.values())))
-        axes.set_ylim(y - 0.5, -0.8)
-        ticks = [0.25 * i for i in range(int(axes.get_xlim()[1] / 0.25) + 1)]
-        draw_ticks(axes, "x", ticks, [f"{tick:g}" for tick in ticks])
-        axes.yaxis.set_major_locator(NullLocator())
-        axes.axvline(floor, color=colour("memory floor"), linewidth=1.6, zorder=2)
-        text = f"memory floor {milliseconds(floor)}"
-        write_note(axes, floor, -0.8, text, dx=-2, dy=5, ha="right", color=colour("memory floor"))
-        axis_text = "milliseconds from rest; hollow: on a warm card"
-        write_note(
-            axes, axes.get_xlim()[1] / 2, y - 0.5, axis_text, dy=-29, ha="center", color=SOFT
-        )
-        for group, of in groups.items():
-            for name in of:
-                row, ms = places[name], times[name]
-                ink = SOFT if group == "left out" else colour("k07")
-                axes.plot([0, ms], [row, row], color=ink, linewidth=6, alpha=0.8, zorder=1)
-                at = {"marker": "o", "markersize": 5, "markerfacecolor": "white"}
-                axes.plot([warm[name]], [row], color=INK, linestyle="none", zorder=4, **at)
-                label = f"{significant(ms)}, warm {significant(warm[name])}"
-                end = max(ms, warm[name])
-                write_note(axes, end, row, label, dx=8, dy=-3.2, backed=True, fontweight="bold")
-                write_note(axes, 0, row, name, dx=-8, dy=-3.2, ha="right")
-    return figure
+    drawn = [
+        [
+            Bar(
+                name,
+                times[name],
+                f"{significant(times[name])}, warm {significant(warm[name])}",
+                SOFT if group == "left out" else colour("k07"),
+                warm[name],
+            )
+            for name in of
+        ]
+        for group, of in groups.items()
+    ]
+    axis_text = "milliseconds from rest; hollow: on a warm card"
+    small_print = record_print(record, source)
+    return bars(drawn, floor, (title, subtitle), small_print, axis_text, 0.25, (262.0, 130.0))
 
 
 def _saved(groups: dict[str, list[str]], times: dict[str, float]) -> float:

@@ -7,12 +7,12 @@ import re
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from asymconv import asymmetry as experiments
 from asymconv import record as records
 from asymconv import strips
 from asymconv.asymmetry import Measured, Series
+from asymconv.plots.bars import Bar, bars
 from asymconv.plots.page import (
     FAINT,
     INK,
@@ -121,33 +121,19 @@ def writing(record: Record, source: str = strips.RECORD.name) -> Figure:
         "by the way they are written"
     )
     subtitle = f"Best: {best}; worst: {worst}. No products, 128 strips at once."
-    step, left = 21.0, 330.0
-    with style():
-        body = step * len(times[fallen])
-        figure, bottom, _top = page(body + 22 + 42, title, subtitle, record_print(record, source))
-        axes = axes_at(figure, left, bottom + 42, WIDTH - left - MARGIN - 40, body)
-        axes.set_xlim(0, 1.02 * max(times[fallen].values()))
-        axes.set_ylim(len(times[fallen]) - 0.5, -0.5)
-        ticks = [0.5 * i for i in range(int(axes.get_xlim()[1] / 0.5) + 1)]
-        draw_ticks(axes, "x", ticks, [f"{tick:g}" for tick in ticks])
-        axes.yaxis.set_major_locator(NullLocator())
-        axes.axvline(floor, color=colour("memory floor"), linewidth=1.6, zorder=2)
-        text = f"memory floor {milliseconds(floor)}"
-        write_note(axes, floor, -0.5, text, dx=-2, dy=5, ha="right", color=colour("memory floor"))
-        centre, foot = axes.get_xlim()[1] / 2, len(times[fallen]) - 0.5
-        axis_text = "milliseconds; hollow: rows of output 4096 bytes apart in place of 4088"
-        write_note(axes, centre, foot, axis_text, dy=-29, ha="center", color=SOFT)
-        for row, (text, ms) in enumerate(times[fallen].items()):
-            ink = colour("k07") if text in both else SOFT
-            axes.plot([0, ms], [row, row], color=ink, linewidth=6, alpha=0.8, zorder=1)
-            if text in times[whole]:
-                at = {"marker": "o", "markersize": 5, "markerfacecolor": "white"}
-                axes.plot([times[whole][text]], [row], color=INK, linestyle="none", zorder=4, **at)
-            write_note(
-                axes, ms, row, significant(ms), dx=8, dy=-3.2, backed=True, fontweight="bold"
-            )
-            write_note(axes, 0, row, text, dx=-8, dy=-3.2, ha="right")
-    return figure
+    drawn = [
+        Bar(
+            text,
+            ms,
+            significant(ms),
+            colour("k07") if text in both else SOFT,
+            times[whole].get(text),
+        )
+        for text, ms in times[fallen].items()
+    ]
+    axis_text = "milliseconds; hollow: rows of output 4096 bytes apart in place of 4088"
+    small_print = record_print(record, source)
+    return bars([drawn], floor, (title, subtitle), small_print, axis_text, 0.5, (330.0, 40.0))
 
 
 # --- series of shapes ----------------------------------------------------------------------------
