@@ -106,7 +106,9 @@ def words_of_00_to_07() -> dict[str, str]:
     assert ours <= 1.3
     assert faster >= 3.2
     again = record.load(record.DATA_FOLDER / AGAIN)
-    hot, hot_faster = again["k07"].median, again["nn.Conv2d"].median / again["k07"].median
+    later, later_faster = again["k07"].median, again["nn.Conv2d"].median / again["k07"].median
+    others = [t for t in ladder.timings if t.kind != "ceiling" and not t.name.startswith("k07")]
+    assert all(abs(again[t.name].median / t.median - 1) <= 0.02 for t in others)
     pitch = asymmetry.get_series("pitch")
     k08s = asymmetry.load()["pitch"].relative(pitch)["k08"]
     pairs = 100 * max(k08s[i] - 1 for i, shape in enumerate(pitch.shapes) if shape.out_width % 2)
@@ -126,7 +128,7 @@ def words_of_00_to_07() -> dict[str, str]:
         f"{part:.2f} ms become {whole:.2f}": "06_hopper",
         f"{ours:.2f} ms, {ours / floor:.2f} times the memory's own time": "06_hopper",
         f"{faster:.2f} times nn.Conv2d's speed": "06_hopper",
-        f"k07 took {hot:.2f} ms there, {hot_faster:.2f} times": "06_hopper",
+        f"k07 took {later:.2f} ms there, {later_faster:.2f} times": "06_hopper",
         **dict.fromkeys(words_of_changes(), "06_hopper"),
         f"asks for {pace} % of its peak, a plain copy reaches {copied:.0f}": "06_hopper",
         f"{slow / part:.1f} times as fast as sums written as they lie": "06_hopper",
@@ -171,14 +173,15 @@ def words_of_changes() -> list[str]:
     worst = max(found[name + warm].median for name in same)
     watts, mhz = drawn("k07")
     pace = "% of memory's peak"
+    unsteady = sorted(span(f"{percent} {pace}{warm}" for percent in (76, 77, 79, 80)))
     return [
         f"k07 takes {ms('no clock')} ms, and {ms('no clock, parts of 128 rows')} in parts of 128 "
         f"rows; with it {ms('k07')}",
         f"{ms(f'76 {pace}')} at 76 % of memory's peak, {ms(f'74 {pace}')} at 74, "
         f"{ms(f'70 {pace}')} at 70",
         f"up to 80 % ({ms(f'80 {pace}')}); at 83 it is as if there were none ({ms(f'83 {pace}')})",
-        f"at 79 and 80 % it took {ms(f'79 {pace}{warm}')} and {ms(f'80 {pace}{warm}')}",
-        f"that change nothing from rest took up to {worst:.2f}",
+        f"76, 77, 79 and 80 % took {unsteady[0]} to {unsteady[-1]} there, and changes that change "
+        f"nothing from rest took up to {worst:.2f}, while k07 itself kept its {ms('k07' + warm)}",
         f"ahead in place of two does: {ms('one row ahead')}",
         f"take {copies(WIDTH=2)}, {copies(WIDTH=4)} and {copies(WIDTH=8)} ms where 512 bytes take "
         f"{copies()}; by a clock, a row every 4.75 µs, the short ones take {copies(PACE=4750)}",
@@ -240,14 +243,18 @@ def words_of_08_and_09() -> dict[str, str]:
     whole = predictions.strips(CONTRACT).cost
     hand = {
         (h, w): 100 * (predictions.strips(CONTRACT.with_(height=h, width=w)).cost / whole - 1)
-        for h, w in ((510, 1028), (1016, 516), (4011, 132), (724, 724), (8192, 64))
+        for h, w in ((510, 1028), (1016, 516), (4011, 132), (724, 724), (8192, 64), (64, 8192))
     }
+    alone = 100 * (predictions.strips(CONTRACT.with_(batch=1)).cost / whole - 1)
+    batch = asymmetry.get_series("batch")
+    relative = asymmetry.load()["batch"].relative(batch)["k07"]
+    many = [100 * (relative[i] - 1) for i, shape in enumerate(batch.shapes) if shape.batch >= 16]
+    assert abs(longer("aspect", "1024×512", "k07") - 1) <= 0.01  # "turned on its side"
     small = longer("growth", "1×128×256", "k07")
     largest = max((row.shape for row in asymmetry.load()["growth"].rows), key=lambda s: s.batch)
     held = 4 * (math.prod(largest.input_shape) + largest.outputs) / 1e9
     memory = asymmetry.load()["growth"].made["memory_bytes"] / 1e9
     square = 100 * (longer("aspect", "724×724", "k07") - 1)
-    batch = asymmetry.get_series("batch")
     at = {name: [shape.batch for shape in batch.shapes].index(n) for name, n in
           {"one": 1, "eight": 8, "many": 32}.items()}  # fmt: skip
     images = asymmetry.load()["batch"]
@@ -277,6 +284,11 @@ def words_of_08_and_09() -> dict[str, str]:
         f"{hand[4011, 132]:.0f}": "08_asymmetry",
         f"are 64 columns, pays {100 * (longer('strips', '130', 'k08') - 1):.0f} %": "08_asymmetry",
         **dict.fromkeys(claims_of_runs(), "08_asymmetry"),
+        f"{hand[724, 724]:.0f} % more at 724 (six strips for 5.6), {hand[64, 8192]:.0f} % for "
+        "64×8192": "08_asymmetry",
+        f"{alone:.0f} % more by hand for a single image": "08_asymmetry",
+        f"{100 * (relative[0] - 1):.0f} % more for a single image on k07": "08_asymmetry",
+        f"takes {min(many):.0f} to {max(many):.0f} % more an image": "08_asymmetry",
         f"up to {largest.batch} images": "08_asymmetry",
         f"{held:.1f} GB of the GPU's {memory:.0f}": "08_asymmetry",
         f"k07 takes {small:.1f} times as long for each": "08_asymmetry",
