@@ -66,6 +66,8 @@ _NO_PRODUCTS = (
     "      Sums sum = {};\n      if (plan.items < 0) multiply(",
 )
 _NO_CONVERSION = ("    if (!convert<WIDE>(", "    if (plan.items < 0 && !convert<WIDE>(")
+_NO_LOADS = ("int bytes = count == 0 ? 0 :", "int bytes = count >= 0 ? 0 :")
+_NO_STORES = ("    if (count >= 4) {\n", "    if (count >= 4 && out.plane < 0) {\n")
 _BEFORE_PRODUCE = "template <bool WIDE>\n__device__ __forceinline__ void produce("
 _TIME = "state->began + plan.lead + (unsigned long long)q * plan.pace"
 
@@ -104,6 +106,37 @@ __device__ __forceinline__ void bulk_prefetch(const void* global, int bytes) {
   #pragma unroll 1
   for (int q = 0; now.item < plan.items; ++q) {  // rows so far
 """,
+    ),
+)
+
+_SLIPS = (
+    (
+        "__device__ __forceinline__ void wait_for_time(const RingState* state, const Plan& plan, "
+        "int q) {",
+        "__device__ __forceinline__ void wait_for_time(const RingState* state, const Plan& plan, "
+        "unsigned& due) {",
+    ),
+    (
+        f"  const unsigned long long time = {_TIME};\n  while (nanoseconds() < time) {{\n  }}\n",
+        """  if (due == 0) due = (unsigned)state->began + plan.lead;
+  unsigned now;
+  while ((int)((now = (unsigned)nanoseconds()) - due) < 0) {
+  }
+  due = now + plan.pace;
+""",
+    ),
+    (
+        "  #pragma unroll 1\n  for (int q = 0; now.item < plan.items; ++q) {  // rows so far\n",
+        "  unsigned due = 0;\n  #pragma unroll 1\n"
+        "  for (int q = 0; now.item < plan.items; ++q) {  // rows so far\n",
+    ),
+    ("    wait_for_time(state, plan, q);", "    wait_for_time(state, plan, due);"),
+)
+
+_LONGER_TURNS = (
+    (
+        "      give_turn<EVEN>(state);\n      wgmma_wait<0>();\n",
+        "      wgmma_wait<0>();\n      give_turn<EVEN>(state);\n",
     ),
 )
 
@@ -212,17 +245,22 @@ _PACES = (70, 74, 76, 77, 79, 80, 83)
 
 ABLATIONS: tuple[Ablation, ...] = (
     Ablation("no products", "left out", (_NO_PRODUCTS,)),
-    Ablation("no conversion", "left out", (_NO_CONVERSION,)),
-    Ablation("neither products nor conversion", "left out", (_NO_PRODUCTS, _NO_CONVERSION)),
-    Ablation(
-        "no loads",
-        "left out",
-        (("int bytes = count == 0 ? 0 :", "int bytes = count >= 0 ? 0 :"),),
+    *(
+        Ablation(f"{name}, no clock", "left out", edits, {"PACE": 0})
+        for name, edits in (
+            ("no products", (_NO_PRODUCTS,)),
+            ("no conversion", (_NO_CONVERSION,)),
+            ("neither products nor conversion", (_NO_PRODUCTS, _NO_CONVERSION)),
+            ("no loads", (_NO_LOADS,)),
+            ("no stores", (_NO_STORES,)),
+            ("neither loads nor stores", (_NO_LOADS, _NO_STORES)),
+        )
     ),
     Ablation(
-        "no stores",
+        "neither loads nor stores, no clock, no turns",
         "left out",
-        (("    if (count >= 4) {\n", "    if (count >= 4 && out.plane < 0) {\n"),),
+        (_NO_LOADS, _NO_STORES),
+        {"PACE": 0, "TURNS": 0},
     ),
     Ablation("no clock", "by the clock", defines={"PACE": 0}),
     Ablation("no clock, parts of 128 rows", "by the clock", (_most_rows(128),), {"PACE": 0}),
@@ -237,12 +275,15 @@ ABLATIONS: tuple[Ablation, ...] = (
         "by the clock",
         (("state->began + plan.lead +", "state->began +"),),
     ),
+    Ablation("a late row makes the next ones late", "by the clock", _SLIPS),
     Ablation("strips 0.15 µs apart", "by the clock", ((_TIME, f"{_TIME} + blockIdx.x % 8 * 150"),)),
     Ablation(
         "rows of strips 0.15 µs apart",
         "by the clock",
         ((_TIME, f"{_TIME} + blockIdx.x / 8 * 150"),),
     ),
+    Ablation("no turns", "tried", defines={"TURNS": 0}),
+    Ablation("a turn until products are done", "tried", _LONGER_TURNS),
     Ablation("one row ahead", "tried", defines={"LANDINGS": 1}),
     Ablation("loads evicted first", "tried", defines={"EVICT_LOADS": 1}),
     Ablation("stores evicted first", "tried", defines={"EVICT_STORES": 1}),
@@ -261,7 +302,10 @@ ABLATIONS: tuple[Ablation, ...] = (
 
 RECORD = record.DATA_FOLDER / "ablations.json"
 ITSELF, WARM, LONG = "k07", ", warm", ", after 2 s"
-LONG_ONES = (ITSELF, "no clock", "no products", "k08", "memory floor", "nn.Conv2d")
+LONG_ONES = (
+    *(ITSELF, "no clock", "no turns", "no products", "neither loads nor stores, no clock"),
+    *("neither loads nor stores, no clock, no turns", "k08", "memory floor", "nn.Conv2d"),
+)
 """What is called for two seconds, too, until its power decides."""
 
 _REST_S, _FIRST, _HEATING, _LAST = 0.2, 10, 40, 20

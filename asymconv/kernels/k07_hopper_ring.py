@@ -58,6 +58,7 @@ from asymconv.kernels.rung import Rung
 DEFINES = {
     "ALIGN": 8,
     "PACE": 78,
+    "TURNS": 1,
     "RING": 4,
     "LANDINGS": 2,
     "EVICT_LOADS": 0,
@@ -72,6 +73,7 @@ VARIANTS = (
     {"PACE": 75},
     {"PACE": 82},
     {"PACE": 86},
+    {"TURNS": 0},
     {"LANDINGS": 1},
     {"EVICT_LOADS": 1},
     {"EVICT_STORES": 1},
@@ -88,7 +90,7 @@ constexpr int TILE_W = 128, PRODUCT_W = TILE_W + 8;
 static_assert(ALIGN == 4 || ALIGN == 8, "bulk copies need 16 bytes, whole sectors 32");
 
 // Two warpgroups multiply and store; one fetches and converts.
-constexpr int CONSUMERS = 2 * 128, PRODUCERS = 128, THREADS = CONSUMERS + PRODUCERS;
+constexpr int GROUP = 128, CONSUMERS = 2 * GROUP, PRODUCERS = 128, THREADS = CONSUMERS + PRODUCERS;
 constexpr int LAUNCH_REGISTERS = 168, CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 24;
 static_assert(LAUNCH_REGISTERS * THREADS <= 65536, "a block has an SM's registers");
 static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
@@ -133,6 +135,7 @@ STATE = r"""
 struct RingState {
   unsigned long long began;  // ns
   unsigned long long full[RING], empty[RING], landed[PRODUCERS / 32][LANDINGS];
+  unsigned long long turn[2];  // a warpgroup may multiply a row
   BadRows bad[ITEMS_UNDER_WAY];
   int scale, weights_bad, bad_runs;  // scale: the exponent that x is scaled by
   BadRun bad_run[MOST_BAD_RUNS];
@@ -145,6 +148,7 @@ struct RingState {
       mbarrier_init(shared_address(&full[i]), PRODUCERS / 32);
       mbarrier_init(shared_address(&empty[i]), CONSUMERS / 32);
     }
+    for (int i = 0; i < 2; ++i) mbarrier_init(shared_address(&turn[i]), GROUP / 32);
     for (int i = 0; i < PRODUCERS / 32 * LANDINGS; ++i) {
       mbarrier_init(shared_address(&landed[0][0] + i), WARP_CHANNELS);
     }
@@ -496,6 +500,20 @@ __device__ __forceinline__ void release_row(RingState* state, int q) {
   warp_arrives(&state->empty[q % RING]);
 }
 
+// The warpgroups multiply in turns, a row each: one stages its sums while the other multiplies. In
+// step, both would wait for tensor cores, and then both leave them idle. q as above: one a row,
+// over items, too, whose rows are R - 1, an even number, more. Rows of odd length leave no register
+// for it.
+template <bool EVEN>
+__device__ __forceinline__ void wait_for_turn(RingState* state, int q) {
+  static_assert((R - 1) % 2 == 0 && ROUND % 2 == 0, "turns alternate from item to item");
+  if (TURNS && EVEN) mbarrier_wait(shared_address(&state->turn[thread_again() / GROUP]), q & 1);
+}
+template <bool EVEN>
+__device__ __forceinline__ void give_turn(RingState* state) {
+  if (TURNS && EVEN) warp_arrives(&state->turn[thread_again() / GROUP ^ 1]);
+}
+
 """
 
 STAGE = r"""
@@ -597,8 +615,9 @@ __device__ __forceinline__ void multiply(Sums& sum, const Weights& a, unsigned r
   wgmma_fence();
   #pragma unroll
   for (int r = 0; r < R; ++r) {
-    const unsigned long long row =
-        swizzled_rows(ring + (q + r) % RING * RING_ROW + pixels * PIXEL);
+    // shuffled: so the compiler knows that it is the same for a whole warp
+    const unsigned long long row = swizzled_rows(__shfl_sync(
+        0xffffffffu, ring + (q + r) % RING * RING_ROW + pixels * PIXEL, 0));
     #pragma unroll
     for (int s = 0; s < S; ++s) {
       #pragma unroll
@@ -627,6 +646,7 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
   }
   for (int i = R; i < RING; ++i) release_row(state, i);  // weights have been there
   named_barrier<CONSUMERS>(1);                           // and where others stage
+  if (threadIdx.x / GROUP == 1) give_turn<EVEN>(state);  // to the first warpgroup's first row
 
   const unsigned ring = shared_address(shared) + RING_AT;
   // Both in one register: the row of the item, and where the ring stood at its first.
@@ -639,8 +659,10 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
     for (; at / ROUND < item_at(item, plan, c).rows; at += ROUND) {
       const int q = at % ROUND + at / ROUND;
       wait_for_row(state, q + 2);
+      wait_for_turn<EVEN>(state, q);
       Sums sum;
       multiply(sum, a, ring, q, (unsigned)-c.pad_w & 3);  // strips start on 16 bytes
+      give_turn<EVEN>(state);
       wgmma_wait<0>();
       release_row(state, q);
       const Out out = out_row(item, at / ROUND, y, c, plan, blocks_k);
