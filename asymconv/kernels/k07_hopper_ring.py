@@ -662,8 +662,8 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
       wait_for_turn<EVEN>(state, q);
       Sums sum;
       multiply(sum, a, ring, q, (unsigned)-c.pad_w & 3);  // strips start on 16 bytes
-      give_turn<EVEN>(state);
       wgmma_wait<0>();
+      give_turn<EVEN>(state);
       release_row(state, q);
       const Out out = out_row(item, at / ROUND, y, c, plan, blocks_k);
       const int thread = thread_again(), lane = thread % 32, k = thread / 32 * 16;
