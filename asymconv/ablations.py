@@ -302,12 +302,10 @@ ABLATIONS: tuple[Ablation, ...] = (
 
 RECORD = record.DATA_FOLDER / "ablations.json"
 ITSELF, WARM, LONG = "k07", ", warm", ", after 2 s"
-SPLIT_WITHOUT_TURNS = "k08, no turns"
 LONG_ONES = (
     *(ITSELF, "no clock", "no turns", "a turn until products are issued"),
     *("no products", "neither loads nor stores, no clock"),
-    *("neither loads nor stores, no clock, no turns", "k08", SPLIT_WITHOUT_TURNS),
-    *("memory floor", "nn.Conv2d"),
+    *("neither loads nor stores, no clock, no turns", "k08", "memory floor", "nn.Conv2d"),
 )
 """What is called for two seconds, too, until its power decides."""
 
@@ -365,21 +363,19 @@ def measure_ablations(ablations: Sequence[Ablation] = ABLATIONS, rounds: int = 4
     itself = Ablation(ITSELF, "tried")
     methods = (itself, *ablations)
     builds = [(method.rung(), method.defines) for method in methods]
-    split = get_rung("k08")
-    *kernels, k08, free = build.load_all([*builds, (split, {}), (split, {"TURNS": 0})])
+    *kernels, k08 = build.load_all([*builds, (get_rung("k08"), {})])
     few = CONTRACT.with_(batch=1)
     for method, kernel in zip(methods, kernels, strict=True):
         if method.is_right:
             check(kernel, few, "cuda")
-    for kernel in (k08, free):
-        check(kernel, few, "cuda")
+    check(k08, few, "cuda")
     torch.cuda.empty_cache()
     shape = CONTRACT
     x, weight, _ = random_data(shape, "cuda")
     out = torch.empty(shape.output_shape, device="cuda")
     floor = build.load(measure.FLOOR, "cuda")
     built = dict(zip((method.name for method in methods), kernels, strict=True))
-    built |= {split.number: k08, SPLIT_WITHOUT_TURNS: free}
+    built[k08.rung.number] = k08
     calls: dict[str, Callable[[], object]] = {
         name: functools.partial(kernel, x, weight, None, shape, out)
         for name, kernel in built.items()

@@ -64,9 +64,6 @@ from asymconv.kernels.hopper_rows import (
 from asymconv.kernels.ptx import BULK, CP_ASYNC, HOPPER, MMA, wgmma_f16, wgmma_f16_ra
 from asymconv.kernels.rung import Rung
 
-DEFINES = {"TURNS": 1}
-VARIANTS = ({"TURNS": 0},)
-
 LAYOUT = r"""
 // A block: 64 filters. A strip is 64 columns wide, wherever they begin in a 32-byte sector.
 constexpr int BLOCK_K = 64, CHANNELS = 64, R = 3, S = 3, TAPS = R * S, PARTS = CHANNELS / 16;
@@ -134,8 +131,8 @@ struct Strip {
 
 struct RingState {
   // Stages: t1 and t2, t0, t3. Of a pair of warps, one in each warpgroup: m1 and m2 are handed
-  // over, and their places free again. turn: a warpgroup may multiply.
-  unsigned long long full[3], empty[3], handed[2][4], free[2][4], turn[2];
+  // over, and their places free again.
+  unsigned long long full[3], empty[3], handed[2][4], free[2][4];
   BadRows bad[ITEMS_UNDER_WAY];
   int scale, weights_bad, bad_runs;  // scale: the exponent that x is scaled by
   BadRun bad_run[MOST_BAD_RUNS];
@@ -153,7 +150,6 @@ struct RingState {
       mbarrier_init(shared_address(&handed[0][0] + i), 1);
       mbarrier_init(shared_address(&free[0][0] + i), 1);
     }
-    for (int i = 0; i < 2; ++i) mbarrier_init(shared_address(&turn[i]), GROUP / 32);
     for (int i = 0; i < ITEMS_UNDER_WAY; ++i) bad[i] = {INT_MAX, -1};
     for (Strip& one : strip) one.pairs = 0;
     weights_bad = 0;
@@ -487,17 +483,6 @@ __device__ __forceinline__ int filter_again() {
   return warp_again() * 16 + thread_again() % 32 / 4;
 }
 
-// The warpgroups multiply in turns, two each for a pair of rows: one moves sums while the other
-// multiplies. Products of both at once take more power, and so time.
-template <int group, int t>
-__device__ __forceinline__ void wait_for_turn(State* state) {
-  if (TURNS) mbarrier_wait(shared_address(&state->turn[group]), t);
-}
-template <int group>
-__device__ __forceinline__ void give_turn(State* state) {
-  if (TURNS) warp_arrives(&state->turn[1 - group]);
-}
-
 // Starts 64 filters by 64 columns of one m: a transformed row, its slot, by the `t`th of the
 // warpgroup's two taps. First what has a lo half in it, 2^11 times too large: those sums are small,
 // and what tensor cores cut off when they add is small against the end result.
@@ -662,11 +647,9 @@ __device__ __forceinline__ void work(const Weights& a, const float* __restrict__
       if (strip.row >= strip.rows) break;
       Sums sum;
       wait(&state->full[0], strip.pairs & 1);
-      wait_for_turn<group, 0>(state);
       multiply<group, 0>(sum, a, here, state, c);
       const Finish of(state);
       wgmma_wait<0>();
-      give_turn<group>(state);
       warp_arrives(&state->empty[0]);
       const int parity = strip.pairs & 1;  // read before what is handed over is written
       wait(&state->free[group][warp_again()], parity);
@@ -674,10 +657,8 @@ __device__ __forceinline__ void work(const Weights& a, const float* __restrict__
       warp_arrives(&state->handed[group][warp_again()]);
 
       wait(&state->full[1 + group], parity);
-      wait_for_turn<group, 1>(state);
       multiply<group, 1>(sum, a, here, state, c);
       wgmma_wait<0>();
-      give_turn<group>(state);
       warp_arrives(&state->empty[1 + group]);
       wait(&state->handed[1 - group][warp_again()], strip.pairs & 1);
       take_over<group>(sum, Finish(state), place(0), place(1));
@@ -718,7 +699,6 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
   if (group == 0) {
     work<0, EVEN>(a, x, w, y, c, plan, blocks_k, shared, state);
   } else {
-    give_turn<1>(state);  // to the first
     work<1, EVEN>(a, x, w, y, c, plan, blocks_k, shared, state);
   }
 }
@@ -758,7 +738,5 @@ RUNG = Rung(
     precision="fp32",
     capability=(9, 0),
     arch="90a",
-    defines=DEFINES,
-    variants=VARIANTS,
     mixes_rows=True,
 )
