@@ -154,7 +154,6 @@ def test_the_readmes_claims_are_what_the_records_give() -> None:
     before, after = (network.forward[name] for name in (comparison.THEIRS, comparison.OURS))
     layers = comparison.load_layers()
     calls = [c for c in layers.overheads if not c.what.startswith(tuple(comparison.DETOURS))]
-    again = record.load(record.DATA_FOLDER / "ladder_again.json")
     detours = [c.ours - c.theirs for c in layers.overheads if c not in calls]
     by_k06 = [  # where k07 does not run
         row.median("k06") / row.median(comparison.THEIRS)
@@ -175,8 +174,6 @@ def test_the_readmes_claims_are_what_the_records_give() -> None:
         f"{strict / ladder['k08'].median:.1f} times as fast as PyTorch's strict fp32",
         f"k07 takes {ours / ladder['memory floor'].median:.2f} times what moving the bytes alone",
         *claims_of_runs(),
-        f"{again['k07'].median / again['memory floor'].median:.1f} times in a second run",
-        f"there it is {again['nn.Conv2d'].median / again['k07'].median:.1f} times as fast",
         f"{min(detours):.0f} to {max(detours):.0f} µs more (notebook 09)",
         f"{min(by_k06):.1f} to {max(by_k06):.1f} times as long as nn.Conv2d",
         f"takes {statistics.median(after):.0f} ms converted and {statistics.median(before):.0f}",

@@ -22,6 +22,9 @@ What it changes:
 - Rows are fetched by the clock (%globaltimer): the same row by all blocks at the same time, and no
   faster than device memory bears. Blocks that go as fast as they can get fewer rows done, all of
   them together; by the clock they are in step, and nobody tells anybody anything.
+- The two warpgroups multiply in turns, a row each: one stages its sums while the other multiplies.
+  In step, both would wait for tensor cores and then leave them idle; at full clock that is fast
+  enough, and at the clock that the card's power leaves it is not.
 - What is not memory's is done while it works: weights take a way through shared memory that leaves
   room for the first three rows, and not all blocks read the same weights at once.
 - fp32's range does not suffer: see half_range.py.
@@ -35,9 +38,13 @@ each: 4,900 cycles a row for both, 0.71 ms in all at 1.755 GHz. Then each has 68
 finish and stage, 1,500 to 2,000 cycles: if the warpgroups stay in step, 1.0 ms without memory.
 Memory: 1.29 ms. Shared memory: 2,450 cycles a row for wgmma's pixels, 1,500 for the rest, of 8,600.
 So it should be memory's own time, 1.28 to 1.33 ms. That was without the clock, which asks for 1.24.
+In turns a row needs little more than its products' 4,900 cycles, which leaves the clock room where
+power slows the card: 1.25 ms in ladders, 1.26 after seconds of calls. (That was said of turns that
+end when products are issued; those change nothing, as both warpgroups' products then mix.)
 
-Measured (notebook 06, ablations.json): 1.25 ms from rest, and 1.31 without the clock. The memory
-floor is 1.13. In a long series the card's power decides: 1.35 after two seconds, and 1.43.
+Measured (notebook 06, ablations.json): 1.25 ms from rest and in the ladder; the memory floor is
+1.13. After two seconds of calls, at the card's limit of power, 1.26. Without turns 1.25 and 1.38,
+without the clock 1.32 and 1.34.
 """
 
 from asymconv.kernels.half_range import HALF_RANGE
