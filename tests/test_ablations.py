@@ -13,7 +13,7 @@ from asymconv import ablations, build, measure, plots, record
 from asymconv.ablations import ABLATIONS, Ablation
 from asymconv.check import check
 from asymconv.cli import app
-from asymconv.kernels import get_rung
+from asymconv.kernels import get_rung, k07_hopper_ring
 from asymconv.problem import CONTRACT
 
 SMALL = CONTRACT.with_(batch=1, height=9, width=256)
@@ -129,6 +129,23 @@ def test_a_record_of_other_texts_is_told(sample: record.Record) -> None:
     assert not ablations.is_current(
         replace(sample, timings=(*sample.timings[:-2], other_first, other))
     )
+
+
+def test_k07s_docstring_gives_the_records_numbers() -> None:
+    found, ladder = record.load(ablations.RECORD), record.load()
+
+    def ms(name: str, when: str = "") -> str:
+        return f"{found[name + when].median:.2f}"
+
+    assert f"{ladder['k07'].median:.2f}" == ms("k07")
+    text = " ".join(k07_hopper_ring.__doc__.split())
+    late = ablations.LONG
+    for words in (
+        f"{ms('k07')} ms from rest and in the ladder; the memory floor is {ms('memory floor')}",
+        f"at the card's limit of power, {ms('k07', late)}. Without turns {ms('no turns')} and "
+        f"{ms('no turns', late)}, without the clock {ms('no clock')} and {ms('no clock', late)}.",
+    ):
+        assert words in text, words
 
 
 @pytest.mark.skipif(not ablations.RECORD.exists(), reason="not measured yet: asymconv ablations")

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,9 @@ def words_of_00_to_07() -> dict[str, str]:
     again = record.load(record.DATA_FOLDER / AGAIN)
     later, later_faster = again["k07"].median, again["nn.Conv2d"].median / again["k07"].median
     assert abs(later / ours - 1) <= 0.01, "k07 is steady"
+    first, second = (datetime.strptime(of.made["date"], "%Y-%m-%d %H:%M UTC")
+                     for of in (ladder, again))  # fmt: skip
+    minutes = round((second - first).total_seconds() / 600) * 10
     moved_by = {t.name: 100 * abs(again[t.name].median / t.median - 1) for t in ladder.timings}
     moving = ["k08_hopper_split", "channels_last", "cudnn.benchmark"]
     assert all(by <= 1 or name.startswith(("matmul", *moving)) for name, by in moved_by.items())
@@ -131,6 +135,7 @@ def words_of_00_to_07() -> dict[str, str]:
         f"{part:.2f} ms become {whole:.2f}": "06_hopper",
         f"{ours:.2f} ms, {ours / floor:.2f} times the memory's own time": "06_hopper",
         f"{faster:.2f} times nn.Conv2d's speed": "06_hopper",
+        f"on that card, {minutes} minutes apart": "06_hopper",
         f"k07 takes {later:.2f} ms there too, {later_faster:.2f} times": "06_hopper",
         f"k08 moves by {moves[0]} %, `channels_last` by {moves[1]} and `cudnn.benchmark` by "
         f"{moves[2]}, all other rungs and peers by less than 1": "06_hopper",
@@ -172,16 +177,16 @@ def words_of_changes() -> list[str]:
     def free(name: str) -> str:
         return ms(f"{name}, no clock")
 
-    tried = [a.name for a in ablations.ABLATIONS if a.group == "tried" and "clock" not in a.name]
+    tried = [a.name for a in ablations.ABLATIONS if a.group == "tried"]
     assert span(tried) == {"1.25"}
     steady = [n for n in tried if n not in ("one row ahead", "no turns")]
     assert all(found[n + warm].median / found[n].median - 1 <= 0.01 for n in (*steady, "k07"))
     watts, mhz = drawn("k07")
     pace, turns = "% of memory's peak", "a turn until products are issued"
-    wgmmas = 2 * 36 * 68 / 1e3  # of a row, thousands of cycles
+    cycles = 2 * 36 * 68  # of a row's products: two warpgroups' wgmma
 
     def us(name: str) -> str:
-        return f"{wgmmas / float(drawn(name)[1].split()[0]) * 1e3:.1f}"
+        return f"{cycles / float(drawn(name)[1].split()[0]):.1f}"
 
     return [
         f"Without products k07 takes {ms('no products')} ms, as with them",
@@ -239,16 +244,25 @@ def words_of_08_and_09() -> dict[str, str]:
 
         return cost(of[shape]) / cost(of[one.named(one.base)])
 
+    def more(series: str, number: str, *shapes: str) -> list[float]:
+        """Percent that a method takes longer an output than on the series' base."""
+        one = asymmetry.get_series(series)
+        names, relative = [one.named(s) for s in one.shapes], asymmetry.load()[series].relative(one)
+        return [100 * (relative[number][names.index(shape)] - 1) for shape in shapes]
+
     odd = {
-        n: [100 * (longer("pitch", columns, n) - 1) for columns in ("1021 of 1023", "1023 of 1025")]
-        for n in ("k06", "k07", "k08")
+        n: more("pitch", n, "1021 of 1023", "1023 of 1025")
+        for n in ("k01", "k02", "k05", "k06", "k07", "k08")
     }
 
     def span(percents: list[float]) -> str:
         least, most = (f"{by:.0f}" for by in (min(percents), max(percents)))
         return f"{least} %" if least == most else f"{least} to {most} %"
 
-    by_4 = 100 * (longer("pitch", "1024 of 1026", "k08") - 1)
+    sectors = {n: more("pitch", n, "1024 of 1026")[0] for n in ("k02", "k06", "k08")}
+    at_724 = {
+        n: more("aspect", n, "724×724")[0] for n in ("k05", "k08", "channels_last, converting")
+    }
     rows = comparison.load_layers().rows
     forward = [row.ratio for row in rows if row.runs and not row.training]
     backward = [row.ratio for row in rows if row.runs and row.training]
@@ -271,6 +285,17 @@ def words_of_08_and_09() -> dict[str, str]:
     many = [100 * (relative[i] - 1) for i, shape in enumerate(batch.shapes) if shape.batch >= 16]
     assert abs(longer("aspect", "1024×512", "k07") - 1) <= 0.01  # "turned on its side"
     small = longer("growth", "1×128×256", "k07")
+    sizes = asymmetry.get_series("growth")
+    k07_ms = [t.median for t in asymmetry.load()["growth"].timings(sizes)["k07"]]
+    outputs = [shape.outputs for shape in sizes.shapes]
+    base = sizes.shapes.index(sizes.base)
+    took, share = 1e3 * k07_ms[0], 1e3 * k07_ms[base] * outputs[0] / outputs[base]
+    on_64 = [predictions.strips(of, tile_w=64).cost
+             for of in (CONTRACT.with_(height=724, width=724), CONTRACT)]  # fmt: skip
+    by_64 = 100 * (on_64[0] / on_64[1] - 1)
+    turns = asymmetry.load()["orientation"].costs(asymmetry.get_series("orientation"))
+    lanes = [turns["k03 ALONG_HEIGHT=1"][i] / turns["k03"][i] for i in (0, 1, 2)]
+    along = min(lanes[:2]), lanes[2]
     largest = max((row.shape for row in asymmetry.load()["growth"].rows), key=lambda s: s.batch)
     held = 4 * (math.prod(largest.input_shape) + largest.outputs) / 1e9
     memory = asymmetry.load()["growth"].made["memory_bytes"] / 1e9
@@ -293,7 +318,19 @@ def words_of_08_and_09() -> dict[str, str]:
     gained = [100 * (1 - ours / theirs) for ours, theirs in zip(tuned, eager, strict=True)]
     return {
         f"k07 {span(odd['k07'])}, k08 {span(odd['k08'])}, k06 {span(odd['k06'])}": "08_asymmetry",
-        f"must copy by 4: {by_4:.0f} % at 1026": "08_asymmetry",
+        f"must copy by 4: {sectors['k08']:.0f} % at 1026": "08_asymmetry",
+        f"k01 takes {span(odd['k01'])} longer, and k02 up to {max(odd['k02']):.0f}": "08_asymmetry",
+        f"k05 takes {span(odd['k05'])} longer": "08_asymmetry",
+        f"are worth {-sectors['k06']:.0f} % to k06": "08_asymmetry",
+        f"k02 gains {-sectors['k02']:.0f} % at 1024": "08_asymmetry",
+        f"at 724×724 k05 takes {at_724['k05']:.0f} % more and channels_last, converting, "
+        f"{-at_724['channels_last, converting']:.0f} % less": "08_asymmetry",
+        f"k08 takes {at_724['k08']:.0f} %, where its strips say {by_64:.0f}": "08_asymmetry",
+        f"is faster there by {-more('aspect', 'k08', '8192×64')[0]:.0f} %": "08_asymmetry",
+        f"k06 wants {more('batch', 'k06', '1')[0]:.0f} % more for one": "08_asymmetry",
+        f"it would take {share:.0f} µs, not {took:.0f}": "08_asymmetry",
+        f"a factor of {along[0]:.0f} on a wide picture, and of {along[1]:.1f} on "
+        "a high": "08_asymmetry",
         f"k07 takes {square:.0f} % longer where its strips alone say "
         f"{hand[724, 724]:.0f}": "08_asymmetry",
         f"k07 takes {longer('aspect', '8192×64', 'k07'):.2f} times its time; products alone "

@@ -40,7 +40,7 @@ Memory: 1.29 ms. Shared memory: 2,450 cycles a row for wgmma's pixels, 1,500 for
 So it should be memory's own time, 1.28 to 1.33 ms. That was without the clock, which asks for 1.24.
 In turns a row needs little more than its products' 4,900 cycles, which leaves the clock room where
 power slows the card: 1.25 ms in ladders, 1.26 after seconds of calls. (That was said of turns that
-end when products are issued; those change nothing, as both warpgroups' products then mix.)
+end when products are issued. Those change nothing: both warpgroups' products then mix, we think.)
 
 Measured (notebook 06, ablations.json): 1.25 ms from rest and in the ladder; the memory floor is
 1.13. After two seconds of calls, at the card's limit of power, 1.26. Without turns 1.25 and 1.38,
