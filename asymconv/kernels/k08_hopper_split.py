@@ -192,6 +192,10 @@ struct Cursor {
 __device__ __forceinline__ int in_side(int depth, int pixel) {
   return depth * LINE + ((pixel / 8 ^ depth / 2 & 3) << 5) + pixel % 8 * 4;
 }
+// The same pixel, so many channels deeper: a multiple of 4, or any from channel 0 on.
+__device__ __forceinline__ int deeper(int place, int depth) {
+  return (place ^ (depth / 2 & 3) << 5) + depth * LINE;
+}
 __device__ __forceinline__ int in_tail(int depth, int pixel) {
   return TAIL_AT + (depth / 8 * 2 + depth % 2) * LINE + (depth / 2 & 3) * 32 + pixel * 4;
 }
@@ -199,35 +203,37 @@ __device__ __forceinline__ int in_tail(int depth, int pixel) {
 // Starts the copies of a side or the tail of a row of a warp's channels, COPY_W pixels a lane;
 // zeros where the image ends. Of no bytes the address may be anywhere.
 template <int COPY_W, bool TAIL>
-__device__ __forceinline__ void fetch_part(unsigned char* landing, int channel0, int column0,
-                                           const Cursor& at, const Conv& c) {
+__device__ __forceinline__ void fetch_part(unsigned char* landing, int lane, int channel0,
+                                           int column0, const Cursor& at, const Conv& c) {
   constexpr int LANES = (TAIL ? TAIL_W : SIDE_W) / COPY_W, STEP = 32 / LANES;  // of a channel
-  const int lane = thread_again() & 31, depth0 = lane / LANES, pixel = lane % LANES * COPY_W;
+  const int depth0 = lane / LANES, pixel = lane % LANES * COPY_W, plane = c.H * c.W;
   const int iw = at.iw + column0 + pixel;
   const bool inside = (unsigned)(at.ih + at.row) < (unsigned)c.H && iw >= 0 && iw < c.W;
-  const float* from = at.first + (long long)at.row * c.W +
-                      (long long)(channel0 + depth0) * c.H * c.W + column0 + pixel;
+  const int channels = inside ? c.C - channel0 - depth0 : 0;  // that there are, from the lane's on
+  const float* from = at.first + at.row * c.W + (column0 + pixel) +
+                      (long long)(channel0 + depth0) * plane;
+  const int side_place = in_side(depth0, pixel);
   #pragma unroll
   for (int depth = 0; depth < WARP_CHANNELS; depth += STEP) {
-    const int bytes = inside && channel0 + depth0 + depth < c.C ? COPY_W * 4 : 0;
-    const int place = TAIL ? in_tail(depth0 + depth, pixel) : in_side(depth0 + depth, pixel);
+    const int bytes = depth < channels ? COPY_W * 4 : 0;
+    const int place = TAIL ? in_tail(depth0 + depth, pixel) : deeper(side_place, depth);
     float* const to = reinterpret_cast<float*>(landing + place);
     if (COPY_W == 4) {
       cp_async_16(to, from, bytes);
     } else {
       cp_async_4(to, from, bytes);
     }
-    from += (long long)STEP * c.H * c.W;
+    from += (long long)STEP * plane;
   }
 }
 
 // A row: a group of copies. WIDE: rows of x start on 16 bytes.
 template <bool WIDE>
-__device__ __forceinline__ void fetch(unsigned char* landing, int channel0, int side,
+__device__ __forceinline__ void fetch(unsigned char* landing, int lane, int channel0, int side,
                                       const Cursor& at, const Conv& c) {
   constexpr int COPY_W = WIDE ? 4 : 1;
-  fetch_part<COPY_W, false>(landing, channel0, side * SIDE_W, at, c);
-  if (side == 0) fetch_part<COPY_W, true>(landing, channel0, 2 * SIDE_W, at, c);
+  fetch_part<COPY_W, false>(landing, lane, channel0, side * SIDE_W, at, c);
+  if (side == 0) fetch_part<COPY_W, true>(landing, lane, channel0, 2 * SIDE_W, at, c);
   cp_async_commit();
 }
 """
@@ -237,11 +243,13 @@ CONVERT = r"""
 constexpr float LO_SCALE = 2048.0f;
 __device__ __forceinline__ __half2 hi_of(float a, float b) { return __floats2half2_rn(a, b); }
 __device__ __forceinline__ __half2 lo_of(float a, float b, __half2 hi) {
-  return __floats2half2_rn(LO_SCALE * (a - __low2float(hi)), LO_SCALE * (b - __high2float(hi)));
+  // exact but for the last rounding; so written, half of it need not wait for hi
+  return __floats2half2_rn(fmaf(-LO_SCALE, __low2float(hi), LO_SCALE * a),
+                           fmaf(-LO_SCALE, __high2float(hi), LO_SCALE * b));
 }
 
 // What a lane has of a row: of 8 pixels two, of two channels. Loads of a warp meet no bank twice.
-constexpr int UNIT_W = 8;
+constexpr int UNIT_W = 8, UNITS = SIDE_W / UNIT_W;
 static_assert(UNIT_W / 2 * WARP_CHANNELS / 2 == 32, "a lane's pixels");
 struct Few {
   float2 channel[2];
@@ -251,67 +259,107 @@ struct Few {
   }
 };
 
-// Where a lane's are in a landing, in the warp's `unit`th 8 pixels: a side's four, and the tail.
-__device__ __forceinline__ int few_at(int unit) {
-  const int lane = thread_again() & 31, depth = lane / 4 * 2, pixel = lane % 4 * 2;
-  return unit < SIDE_W / UNIT_W ? in_side(depth, unit * UNIT_W + pixel) : in_tail(depth, pixel);
+// Where a lane's are in a landing, in a side's first 8 pixels; in its `unit`th 8 they are at
+// few_at() ^ in_unit(unit).
+__device__ __forceinline__ int few_at() {
+  const int lane = thread_again() & 31;
+  return in_side(lane / 4 * 2, lane % 4 * 2);
 }
-__device__ __forceinline__ int units_of(int side) { return SIDE_W / UNIT_W + (side == 0); }
+__device__ __forceinline__ int in_unit(int unit) { return unit * UNIT_W * 4; }
+
+// Of the tail, 4 pixels at a time are needed, once or twice. A lane has one of them.
+constexpr int TAIL_UNIT_W = 4;
+__device__ __forceinline__ int tail_units(const Conv& c) {
+  const int pixels = (-c.pad_w & 3) + PRODUCT_W + S - 1 - 2 * SIDE_W;
+  return (pixels + TAIL_UNIT_W - 1) / TAIL_UNIT_W;
+}
+
+// A pixel of two rows, two channels, as halves to where the transformed rows have it: second -
+// first to `place`, and if BOTH second + first into the slot before it.
+template <bool BOTH>
+__device__ __forceinline__ void convert_pixel(const float (&first)[2], const float (&second)[2],
+                                              unsigned char* place, float factor) {
+  float sum[2], difference[2];
+  #pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    // a power of two: the products are exact, and each sum is rounded once
+    const float a = factor * first[k];
+    sum[k] = fmaf(factor, second[k], a);
+    difference[k] = fmaf(factor, second[k], -a);
+  }
+  __half2* const to = reinterpret_cast<__half2*>(place);
+  const __half2 hi = hi_of(difference[0], difference[1]);
+  to[0] = hi;
+  to[LO_AT / 4] = lo_of(difference[0], difference[1], hi);
+  if (BOTH) {
+    const __half2 hi = hi_of(sum[0], sum[1]);
+    to[-SLOT / 4] = hi;
+    to[(LO_AT - SLOT) / 4] = lo_of(sum[0], sum[1], hi);
+  }
+}
 
 // A warp's part of two rows of the input into a transformed row, second - first, and if BOTH
 // second + first into the slot before it. If LOOK, looks at what the second row brings. Two
-// channels of a pixel are one store; stores of a warp meet no bank twice either.
+// channels of a pixel are one store; a side's stores meet no bank twice either.
 template <bool BOTH, bool LOOK>
 __device__ __forceinline__ void convert(const unsigned char* first, const unsigned char* second,
-                                        unsigned char* slot, int channel0, int side, int scale,
-                                        HalfRuns& seen) {
+                                        unsigned char* slot, int channel0, int side, int tails,
+                                        int scale, HalfRuns& seen) {
   const float factor = power_of_two(scale - 1);  // a sum of two rows has their range
   const int lane = thread_again() & 31, channel = channel0 + lane / 4 * 2;
-  const int units = units_of(side);
   // to the first pixel, an even one: so the swizzle only has to take the other one in
   const int to = in_row(side * SIDE_W + lane % 4 * 2, channel / 8) + (channel & 7) * 2;
-  const int from = few_at(0), tail = few_at(SIDE_W / UNIT_W);
-  #pragma unroll 1
-  for (int unit = 0; unit < units; ++unit) {
-    const int now = unit < SIDE_W / UNIT_W ? from ^ unit * UNIT_W * 4 : tail;
-    const Few one(first + now), two(second + now);
+  unsigned char* const places[2] = {slot + to, slot + (to ^ PIXEL + 16)};
+  const int from = few_at();
+  #pragma unroll (BOTH ? 2 : 4)  // registers
+  for (int unit = 0; unit < UNITS; ++unit) {
+    const int here = from ^ in_unit(unit);
+    const Few one(first + here), two(second + here);
     #pragma unroll
     for (int k = 0; LOOK && k < 2; ++k) {
       seen.look_at(larger_magnitude(two.channel[k].x, two.channel[k].y));
     }
-    const int pixel = unit < SIDE_W / UNIT_W ? unit * UNIT_W : 2 * SIDE_W;
+    const float a[2][2] = {{one.channel[0].x, one.channel[1].x}, {one.channel[0].y, one.channel[1].y}};
+    const float b[2][2] = {{two.channel[0].x, two.channel[1].x}, {two.channel[0].y, two.channel[1].y}};
     #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      float sum[2], difference[2];
-      #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        // a power of two: the products are exact, and each sum is rounded once
-        const float a = factor * (j ? one.channel[k].y : one.channel[k].x);
-        const float b = j ? two.channel[k].y : two.channel[k].x;
-        sum[k] = fmaf(factor, b, a);
-        difference[k] = fmaf(factor, b, -a);
-      }
-      __half2* const place =
-          reinterpret_cast<__half2*>(slot + pixel * PIXEL + (to ^ j * (PIXEL + 16)));
-      const __half2 hi = hi_of(difference[0], difference[1]);
-      place[0] = hi;
-      place[LO_AT / 4] = lo_of(difference[0], difference[1], hi);
-      if (BOTH) {
-        const __half2 hi = hi_of(sum[0], sum[1]);
-        place[-SLOT / 4] = hi;
-        place[(LO_AT - SLOT) / 4] = lo_of(sum[0], sum[1], hi);
-      }
+      convert_pixel<BOTH>(a[j], b[j], places[j] + unit * UNIT_W * PIXEL, factor);
     }
+  }
+  #pragma unroll 1
+  for (int unit = 0; unit < tails; ++unit) {
+    const int pixel = unit * TAIL_UNIT_W + (thread_again() & 3);
+    const int here = in_tail(lane / 4 * 2, pixel);
+    const float a[2] = {*reinterpret_cast<const float*>(first + here),
+                        *reinterpret_cast<const float*>(first + here + LINE)};
+    const float b[2] = {*reinterpret_cast<const float*>(second + here),
+                        *reinterpret_cast<const float*>(second + here + LINE)};
+    #pragma unroll
+    for (int k = 0; LOOK && k < 2; ++k) {
+      seen.look_at(larger_magnitude(b[k], __shfl_xor_sync(0xffffffffu, b[k], 1)));
+    }
+    unsigned char* const place = slot + in_row(2 * SIDE_W + pixel, channel / 8) + (channel & 7) * 2;
+    convert_pixel<BOTH>(a, b, place, factor);
   }
 }
 
 // Looks at a warp's part of a row that no pair before has brought.
-__device__ __forceinline__ void look_at(const unsigned char* row, int side, HalfRuns& seen) {
+__device__ __forceinline__ void look_at(const unsigned char* row, int tails, HalfRuns& seen) {
   #pragma unroll 1
-  for (int unit = 0; unit < units_of(side); ++unit) {
-    const Few few(row + few_at(unit));
+  for (int unit = 0; unit < UNITS; ++unit) {
+    const Few few(row + (few_at() ^ in_unit(unit)));
     #pragma unroll
     for (const float2& two : few.channel) seen.look_at(larger_magnitude(two.x, two.y));
+  }
+  #pragma unroll 1
+  for (int unit = 0; unit < tails; ++unit) {
+    const int lane = thread_again() & 31;
+    const int here = in_tail(lane / 4 * 2, unit * TAIL_UNIT_W + lane % 4);
+    #pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float one = *reinterpret_cast<const float*>(row + here + k * LINE);
+      seen.look_at(larger_magnitude(one, __shfl_xor_sync(0xffffffffu, one, 1)));
+    }
   }
 }
 
@@ -321,19 +369,21 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
                                         RingState* state, int scale) {
   const int warp = uniform((threadIdx.x - CONSUMERS) / 32), side = warp % 2;
   const int channel0 = warp / 2 * WARP_CHANNELS, item_step = gridDim.x / blocks_k;
+  const int tails = side == 0 ? tail_units(c) : 0;
   unsigned char* const landings = shared + warp / 2 * LANDINGS * LANDING + side * SIDE;
   Cursor now, ahead;
   now.enter(blockIdx.x / blocks_k, x, plan, c);
   ahead = now;
   int fetched = 0, landed = 0, pairs = 0;  // so far; `landed`: up to the pair's first row
   const auto fetch_rows = [&](int count) {
+    const int lane = thread_again() & 31;
     #pragma unroll 1
     for (; count > 0; --count, ++fetched) {
       if (ahead.item >= plan.items) {
         cp_async_commit();  // of nothing, so that groups are rows
         continue;
       }
-      fetch<WIDE>(landings + fetched % LANDINGS * LANDING, channel0, side, ahead, c);
+      fetch<WIDE>(landings + fetched % LANDINGS * LANDING, lane, channel0, side, ahead, c);
       if (++ahead.row == ahead.rows) ahead.enter(ahead.item + item_step, x, plan, c);
     }
   };
@@ -361,20 +411,20 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
     cp_async_wait<LANDINGS - 3>();  // until the pair's third row is there
     __syncwarp();
     if (now.row == 0) {
-      look_at(row(0), side, seen);
-      look_at(row(1), side, seen);
+      look_at(row(0), tails, seen);
+      look_at(row(1), tails, seen);
     }
     until_empty(0);
-    convert<true, true>(row(1), row(2), slots + SLOT, channel0, side, scale, seen);
+    convert<true, true>(row(1), row(2), slots + SLOT, channel0, side, tails, scale, seen);
     pass_on(0, seen);
     until_empty(1);
-    convert<false, false>(row(2), row(0), slots + 2 * SLOT, channel0, side, scale, seen);
+    convert<false, false>(row(2), row(0), slots + 2 * SLOT, channel0, side, tails, scale, seen);
     pass_on(1, HalfRuns());
     cp_async_wait<LANDINGS - 4>();  // and the fourth
     __syncwarp();
     until_empty(2);
     seen = HalfRuns();
-    convert<false, true>(row(1), row(3), slots + 3 * SLOT, channel0, side, scale, seen);
+    convert<false, true>(row(1), row(3), slots + 3 * SLOT, channel0, side, tails, scale, seen);
     pass_on(2, seen);
     fetch_rows(last ? 4 : 2);  // over rows that no pair needs any more
     landed += last ? 4 : 2;
@@ -589,6 +639,7 @@ __device__ __forceinline__ void store(const Sums& sum, const Out& out) {
     for (int j = 0; j < TILE_W; j += 8) {
       // for odd rows worked out anew each time: registers
       const int skip = EVEN ? to_sector : opaque(to_sector), column = skip + 2 * quad;
+      float* const first = row + column;
       const bool odd = !EVEN && (skip & 1);
       // the lanes that have a lane's columns are so many further on, and may wrap
       const int from = quad + skip / 2;
@@ -599,14 +650,15 @@ __device__ __forceinline__ void store(const Sums& sum, const Out& out) {
       const float c = next_but_one ? there[0] : here[0];
       const float one = __shfl_sync(0xffffffffu, odd ? b : a, from & 3, 4);
       const float two = __shfl_sync(0xffffffffu, odd ? c : b, from + odd & 3, 4);
-      const bool wraps = j + 8 == TILE_W;
-      const int at = wraps ? (column + j) % TILE_W : column + j;
-      const int next_at = wraps ? (at + 1) % TILE_W : at + 1;
-      if (next_at < end && (EVEN || next_at > at)) {
-        *reinterpret_cast<float2*>(row + at) = make_float2(one, two);
+      // columns from `first` on; what wraps is the strip's begin
+      const bool last = j + 8 == TILE_W;
+      const int at = last && column >= 8 ? j - TILE_W : j;
+      const int next_at = EVEN ? at + 1 : (last && column >= 7 ? j - TILE_W : j) + 1;
+      if (next_at < end - column && (EVEN || next_at > at)) {
+        *reinterpret_cast<float2*>(first + at) = make_float2(one, two);
       } else if (!EVEN) {
-        if (at < end) row[at] = one;
-        if (next_at < end) row[next_at] = two;
+        if (at < end - column) first[at] = one;
+        if (next_at < end - column) first[next_at] = two;
       }
     }
     row += 8ll * out.plane;
@@ -628,7 +680,8 @@ __device__ __forceinline__ void work(const Weights& a, const float* __restrict__
       const Item at = item_at(item, plan, c);
       const int k0 = opaque(blockIdx.x) % blocks_k * BLOCK_K;
       Strip& strip = strip_again();
-      strip = {(((long long)at.n * c.K + k0) * c.OH + at.oh0) * c.OW + at.ow0,
+      const long long plane = (long long)at.n * opaque(c.K) + k0;
+      strip = {(plane * opaque(c.OH) + at.oh0) * opaque(c.OW) + at.ow0,
                item, c.K - k0, at.rows, c.OW - at.ow0, 0, strip.pairs};
     }
     #pragma unroll 1
