@@ -606,18 +606,29 @@ __device__ __forceinline__ void hand_over(const Sums& sum, const Finish& of, flo
   }
 }
 
-// m0 + (m1 + m2), or m3 + (m1 - m2): outputs.
-template <int group>
-__device__ __forceinline__ void take_over(Sums& sum, const Finish& of, const float4* m1,
-                                          const float4* m2) {
+// m0 + (m1 + m2), or m3 + (m1 - m2): outputs. m1 and m2 are fetched AHEAD steps before they are
+// needed, the first of them while products are made: until done().
+template <int group, class Done>
+__device__ __forceinline__ void take_over(Sums& sum, const State* state, const float4* m1,
+                                          const float4* m2, Done done) {
+  constexpr int AHEAD = 2, STEPS = PRODUCT_W / 2 / 4;
+  float4 of_m1[AHEAD], of_m2[AHEAD];
+  #pragma unroll
+  for (int i = 0; i < AHEAD; ++i) of_m1[i] = m1[i * GROUP], of_m2[i] = m2[i * GROUP];
+  done();
+  const Finish of(state);
   const float sign = group ? -1.0f : 1.0f;
   #pragma unroll
-  for (int i = 0; i < PRODUCT_W / 2; i += 4) {
-    const float4 a = m1[i / 4 * GROUP], b = m2[i / 4 * GROUP];
-    sum[i] = fmaf(sum[i], of.factor[0], fmaf(sign, b.x, a.x));
-    sum[i + 1] = fmaf(sum[i + 1], of.factor[0], fmaf(sign, b.y, a.y));
-    sum[i + 2] = fmaf(sum[i + 2], of.factor[1], fmaf(sign, b.z, a.z));
-    sum[i + 3] = fmaf(sum[i + 3], of.factor[1], fmaf(sign, b.w, a.w));
+  for (int i = 0; i < STEPS; ++i) {
+    const float4 a = of_m1[i % AHEAD], b = of_m2[i % AHEAD];
+    if (i + AHEAD < STEPS) {
+      of_m1[i % AHEAD] = m1[(i + AHEAD) * GROUP], of_m2[i % AHEAD] = m2[(i + AHEAD) * GROUP];
+    }
+    float* const four = &sum[4 * i];
+    four[0] = fmaf(four[0], of.factor[0], fmaf(sign, b.x, a.x));
+    four[1] = fmaf(four[1], of.factor[0], fmaf(sign, b.y, a.y));
+    four[2] = fmaf(four[2], of.factor[1], fmaf(sign, b.z, a.z));
+    four[3] = fmaf(four[3], of.factor[1], fmaf(sign, b.w, a.w));
   }
 }
 
@@ -628,37 +639,46 @@ __device__ __forceinline__ void take_over(Sums& sum, const Finish& of, const flo
 // there, so two columns stay together. Else two lanes' columns may have to meet, and stores of
 // pairs still are of 8 bytes: by 4 they took 11 to 47 % longer (notebook 07).
 template <bool EVEN>
-__device__ __forceinline__ void store(const Sums& sum, const Out& out) {
+__device__ __forceinline__ void store(Sums& sum, const Out& out) {
   const int mine = filter_again();
   float* row = out.first + (long long)mine * out.plane;
   const int to_sector = -(int)((unsigned long long)row >> 2) & 7;  // the same 8 filters on
   #pragma unroll
   for (int eight = 0; eight < 2; ++eight) {
     const int quad = thread_again() % 4, end = mine + 8 * eight < out.filters ? out.columns : 0;
+    const int skip = to_sector, column = skip + 2 * quad, room = end - column;
+    const bool odd = !EVEN && (skip & 1);
+    // the lanes that have a lane's columns are so many further on, and may wrap
+    const int from = quad + skip / 2;
+    const bool next = quad < skip / 2, next_but_one = quad < (skip + 1) / 2;
+    float* const mine_of = &sum[eight * 2];  // two of every four
+    const float begin[2] = {mine_of[0], mine_of[1]};
+    #pragma unroll
+    for (int i = 0; i < PRODUCT_W / 2; i += 4) {
+      const float* const there = i + 4 < PRODUCT_W / 2 ? &mine_of[i + 4] : begin;
+      const float a = next ? there[0] : mine_of[i], b = next ? there[1] : mine_of[i + 1];
+      const float c = next_but_one ? there[0] : mine_of[i];
+      mine_of[i] = odd ? b : a;
+      mine_of[i + 1] = odd ? c : b;
+    }
+    #pragma unroll
+    for (int i = 0; i < PRODUCT_W / 2; i += 4) {
+      mine_of[i] = __shfl_sync(0xffffffffu, mine_of[i], from & 3, 4);
+      mine_of[i + 1] = __shfl_sync(0xffffffffu, mine_of[i + 1], from + odd & 3, 4);
+    }
+    float* const first = row + column;
     #pragma unroll
     for (int j = 0; j < TILE_W; j += 8) {
-      // for odd rows worked out anew each time: registers
-      const int skip = EVEN ? to_sector : opaque(to_sector), column = skip + 2 * quad;
-      float* const first = row + column;
-      const bool odd = !EVEN && (skip & 1);
-      // the lanes that have a lane's columns are so many further on, and may wrap
-      const int from = quad + skip / 2;
-      const bool next = quad < skip / 2, next_but_one = quad < (skip + 1) / 2;
-      const float* const here = &sum[j / 2 + eight * 2];
-      const float* const there = &sum[(j + 8) % TILE_W / 2 + eight * 2];
-      const float a = next ? there[0] : here[0], b = next ? there[1] : here[1];
-      const float c = next_but_one ? there[0] : here[0];
-      const float one = __shfl_sync(0xffffffffu, odd ? b : a, from & 3, 4);
-      const float two = __shfl_sync(0xffffffffu, odd ? c : b, from + odd & 3, 4);
       // columns from `first` on; what wraps is the strip's begin
+      const float one = mine_of[j / 2], two = mine_of[j / 2 + 1];
       const bool last = j + 8 == TILE_W;
       const int at = last && column >= 8 ? j - TILE_W : j;
       const int next_at = EVEN ? at + 1 : (last && column >= 7 ? j - TILE_W : j) + 1;
-      if (next_at < end - column && (EVEN || next_at > at)) {
+      if (next_at < room && (EVEN || next_at > at)) {
         *reinterpret_cast<float2*>(first + at) = make_float2(one, two);
       } else if (!EVEN) {
-        if (at < end - column) first[at] = one;
-        if (next_at < end - column) first[next_at] = two;
+        if (at < room) first[at] = one;
+        if (next_at < room) first[next_at] = two;
       }
     }
     row += 8ll * out.plane;
@@ -711,10 +731,11 @@ __device__ __forceinline__ void work(const Weights& a, const float* __restrict__
 
       wait(&state->full[1 + group], parity);
       multiply<group, 1>(sum, a, here, state, c);
-      wgmma_wait<0>();
-      warp_arrives(&state->empty[1 + group]);
       wait(&state->handed[1 - group][warp_again()], strip.pairs & 1);
-      take_over<group>(sum, Finish(state), place(0), place(1));
+      take_over<group>(sum, state, place(0), place(1), [&] {
+        wgmma_wait<0>();
+        warp_arrives(&state->empty[1 + group]);
+      });
       warp_arrives(&state->free[1 - group][warp_again()]);
       const int row = strip.row + group;
       if (row < strip.rows) {
