@@ -61,7 +61,7 @@ from asymconv.kernels.hopper_rows import (
     redo,
     refusal,
 )
-from asymconv.kernels.ptx import BULK, CP_ASYNC, HOPPER, MMA, wgmma_f16, wgmma_f16_ra
+from asymconv.kernels.ptx import BULK, CP_ASYNC, HOPPER, MMA, NAP, wgmma_f16, wgmma_f16_ra
 from asymconv.kernels.rung import Rung
 
 LAYOUT = r"""
@@ -259,15 +259,15 @@ struct Few {
   }
 };
 
-// Where a lane's are in a landing, in a side's first 8 pixels; in its `unit`th 8 they are at
-// few_at() ^ in_unit(unit).
+// Where a lane's are in a landing, in a side's first 8 pixels. In its `unit`th 8 they are at
+// few_at() ^ in_unit(unit): a line's groups of 8 are shuffled by XOR.
 __device__ __forceinline__ int few_at() {
   const int lane = thread_again() & 31;
   return in_side(lane / 4 * 2, lane % 4 * 2);
 }
 __device__ __forceinline__ int in_unit(int unit) { return unit * UNIT_W * 4; }
 
-// Of the tail, 4 pixels at a time are needed, once or twice. A lane has one of them.
+// Of the tail, as many pixels as products see: 4 at a time, one a lane.
 constexpr int TAIL_UNIT_W = 4;
 __device__ __forceinline__ int tail_units(const Conv& c) {
   const int pixels = (-c.pad_w & 3) + PRODUCT_W + S - 1 - 2 * SIDE_W;
@@ -319,8 +319,10 @@ __device__ __forceinline__ void convert(const unsigned char* first, const unsign
     for (int k = 0; LOOK && k < 2; ++k) {
       seen.look_at(larger_magnitude(two.channel[k].x, two.channel[k].y));
     }
-    const float a[2][2] = {{one.channel[0].x, one.channel[1].x}, {one.channel[0].y, one.channel[1].y}};
-    const float b[2][2] = {{two.channel[0].x, two.channel[1].x}, {two.channel[0].y, two.channel[1].y}};
+    const float a[2][2] = {{one.channel[0].x, one.channel[1].x},
+                           {one.channel[0].y, one.channel[1].y}};
+    const float b[2][2] = {{two.channel[0].x, two.channel[1].x},
+                           {two.channel[0].y, two.channel[1].y}};
     #pragma unroll
     for (int j = 0; j < 2; ++j) {
       convert_pixel<BOTH>(a[j], b[j], places[j] + unit * UNIT_W * PIXEL, factor);
@@ -338,8 +340,8 @@ __device__ __forceinline__ void convert(const unsigned char* first, const unsign
     for (int k = 0; LOOK && k < 2; ++k) {
       seen.look_at(larger_magnitude(b[k], __shfl_xor_sync(0xffffffffu, b[k], 1)));
     }
-    unsigned char* const place = slot + in_row(2 * SIDE_W + pixel, channel / 8) + (channel & 7) * 2;
-    convert_pixel<BOTH>(a, b, place, factor);
+    const int place = in_row(2 * SIDE_W + pixel, channel / 8) + (channel & 7) * 2;
+    convert_pixel<BOTH>(a, b, slot + place, factor);
   }
 }
 
@@ -390,7 +392,7 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
   const auto row = [&](int i) { return landings + (landed + i) % LANDINGS * LANDING; };
   unsigned char* const slots = shared + SLOTS_AT;
   const auto until_empty = [&](int stage) {
-    mbarrier_wait(shared_address(&state->empty[stage]), pairs & 1);
+    mbarrier_wait_napping(shared_address(&state->empty[stage]), pairs & 1);
   };
   // a stage is full; and whether fp16 holds what was seen of the pair's rows
   const auto pass_on = [&](int stage, const HalfRuns& seen) {
@@ -607,7 +609,7 @@ __device__ __forceinline__ void hand_over(const Sums& sum, const Finish& of, flo
 }
 
 // m0 + (m1 + m2), or m3 + (m1 - m2): outputs. m1 and m2 are fetched AHEAD steps before they are
-// needed, the first of them while products are made: until done().
+// needed, the first while products are made, for the end of which done() waits.
 template <int group, class Done>
 __device__ __forceinline__ void take_over(Sums& sum, const State* state, const float4* m1,
                                           const float4* m2, Done done) {
@@ -642,35 +644,36 @@ template <bool EVEN>
 __device__ __forceinline__ void store(Sums& sum, const Out& out) {
   const int mine = filter_again();
   float* row = out.first + (long long)mine * out.plane;
-  const int to_sector = -(int)((unsigned long long)row >> 2) & 7;  // the same 8 filters on
+  const int skip = -(int)((unsigned long long)row >> 2) & 7;  // to a sector; the same 8 filters on
   #pragma unroll
   for (int eight = 0; eight < 2; ++eight) {
     const int quad = thread_again() % 4, end = mine + 8 * eight < out.filters ? out.columns : 0;
-    const int skip = to_sector, column = skip + 2 * quad, room = end - column;
+    const int column = skip + 2 * quad, room = end - column;
     const bool odd = !EVEN && (skip & 1);
     // the lanes that have a lane's columns are so many further on, and may wrap
     const int from = quad + skip / 2;
     const bool next = quad < skip / 2, next_but_one = quad < (skip + 1) / 2;
-    float* const mine_of = &sum[eight * 2];  // two of every four
-    const float begin[2] = {mine_of[0], mine_of[1]};
+    // in place, one kind of step after the other: many shuffles are under way together
+    float* const own = &sum[eight * 2];  // two of every four
+    const float begin[2] = {own[0], own[1]};
     #pragma unroll
     for (int i = 0; i < PRODUCT_W / 2; i += 4) {
-      const float* const there = i + 4 < PRODUCT_W / 2 ? &mine_of[i + 4] : begin;
-      const float a = next ? there[0] : mine_of[i], b = next ? there[1] : mine_of[i + 1];
-      const float c = next_but_one ? there[0] : mine_of[i];
-      mine_of[i] = odd ? b : a;
-      mine_of[i + 1] = odd ? c : b;
+      const float* const there = i + 4 < PRODUCT_W / 2 ? &own[i + 4] : begin;
+      const float a = next ? there[0] : own[i], b = next ? there[1] : own[i + 1];
+      const float c = next_but_one ? there[0] : own[i];
+      own[i] = odd ? b : a;
+      own[i + 1] = odd ? c : b;
     }
     #pragma unroll
     for (int i = 0; i < PRODUCT_W / 2; i += 4) {
-      mine_of[i] = __shfl_sync(0xffffffffu, mine_of[i], from & 3, 4);
-      mine_of[i + 1] = __shfl_sync(0xffffffffu, mine_of[i + 1], from + odd & 3, 4);
+      own[i] = __shfl_sync(0xffffffffu, own[i], from & 3, 4);
+      own[i + 1] = __shfl_sync(0xffffffffu, own[i + 1], from + odd & 3, 4);
     }
     float* const first = row + column;
     #pragma unroll
     for (int j = 0; j < TILE_W; j += 8) {
       // columns from `first` on; what wraps is the strip's begin
-      const float one = mine_of[j / 2], two = mine_of[j / 2 + 1];
+      const float one = own[j / 2], two = own[j / 2 + 1];
       const bool last = j + 8 == TILE_W;
       const int at = last && column >= 8 ? j - TILE_W : j;
       const int next_at = EVEN ? at + 1 : (last && column >= 7 ? j - TILE_W : j) + 1;
@@ -714,7 +717,7 @@ __device__ __forceinline__ void work(const Weights& a, const float* __restrict__
         return reinterpret_cast<float4*>(here + PLACES_AT + of * PLACE) + thread_again() % GROUP;
       };
       const auto wait = [&](unsigned long long* barrier, int parity) {
-        mbarrier_wait(shared_address(barrier), parity);
+        mbarrier_wait_napping(shared_address(barrier), parity);
       };
       __syncwarp();
       if (strip.row >= strip.rows) break;
@@ -782,6 +785,7 @@ SOURCE = (
     HALF_RANGE
     + MMA
     + HOPPER
+    + NAP
     + BULK
     + CP_ASYNC
     + wgmma_f16(64)

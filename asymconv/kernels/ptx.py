@@ -218,6 +218,27 @@ __device__ __forceinline__ unsigned long long swizzled_rows(unsigned address) {
 }
 """
 
+NAP = r"""
+// The same, mbarrier.try_wait, with a nap between tries (PTX ISA 9.7.20.2, nanosleep; at most twice
+// as long): a warp that waits takes less of others' issue slots, and less power.
+#ifdef __CUDACC__
+__device__ __forceinline__ void mbarrier_wait_napping(unsigned barrier, unsigned parity) {
+  asm volatile("{ .reg .pred done;\n"
+               "  again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+               "  @done bra ready;\n"
+               "  nanosleep.u32 20;\n"
+               "  bra again;\n"
+               "  ready: }" ::"r"(barrier), "r"(parity)
+               : "memory");
+}
+#else
+__device__ __forceinline__ void mbarrier_wait_napping(unsigned barrier, unsigned parity,
+                                                      int line = __builtin_LINE()) {
+  emu::mbarrier_wait(barrier, parity, line);
+}
+#endif
+"""
+
 BULK = r"""
 // A matrix descriptor so many bytes further on; only the address changes, which has 14 of 64 bits.
 __device__ __forceinline__ unsigned long long moved(unsigned long long descriptor, int bytes) {
