@@ -102,7 +102,8 @@ def words_of_00_to_07() -> dict[str, str]:
     counters = profiler.load()["k07"]
     dram_gb = (counters["dram_read_bytes"] + counters["dram_write_bytes"]) / 1e9
     written = profiler.load()["k08"]["dram_write_bytes"] / 1e9
-    assert abs(4 * ladder.shape.outputs / 1e9 - written) <= 0.001
+    output = 4 * ladder.shape.outputs / 1e9
+    assert written <= 1.005 * output
     faster = theirs / ours
     assert ours <= 1.3
     assert faster >= 3.2
@@ -113,8 +114,8 @@ def words_of_00_to_07() -> dict[str, str]:
                      for of in (ladder, again))  # fmt: skip
     minutes = round((second - first).total_seconds() / 600) * 10
     moved_by = {t.name: 100 * abs(again[t.name].median / t.median - 1) for t in ladder.timings}
-    moving = ["k08_hopper_split", "channels_last", "cudnn.benchmark"]
-    assert all(by <= 1 or name.startswith(("matmul", *moving)) for name, by in moved_by.items())
+    moving, bounds = ["k08_hopper_split", "cudnn.benchmark"], ("matmul", "L2 read")
+    assert all(by <= 1 or name.startswith((*bounds, *moving)) for name, by in moved_by.items())
     moves = [f"{moved_by[name]:.0f}" for name in moving]
     pitch = asymmetry.get_series("pitch")
     k08s = asymmetry.load()["pitch"].relative(pitch)["k08"]
@@ -137,8 +138,8 @@ def words_of_00_to_07() -> dict[str, str]:
         f"{faster:.2f} times nn.Conv2d's speed": "06_hopper",
         f"on that card, {minutes} minutes apart": "06_hopper",
         f"k07 takes {later:.2f} ms there too, {later_faster:.2f} times": "06_hopper",
-        f"k08 moves by {moves[0]} %, `channels_last` by {moves[1]} and `cudnn.benchmark` by "
-        f"{moves[2]}, all other rungs and peers by less than 1": "06_hopper",
+        f"k08 moves by {moves[0]} % and `cudnn.benchmark` by {moves[1]}, all other rungs and peers "
+        "by less than 1": "06_hopper",
         **dict.fromkeys(words_of_changes(), "06_hopper"),
         f"asks for {pace} % of its peak, a plain copy reaches {copied:.0f}": "06_hopper",
         f"{slow / part:.1f} times as fast as sums written as they lie": "06_hopper",
@@ -150,7 +151,7 @@ def words_of_00_to_07() -> dict[str, str]:
         f"It takes {k08:.2f}.": "07_precision",
         f"k08 takes {k08:.2f} in this run": "07_precision",
         f"By pairs they take {pairs:.0f} % more than the contract's": "07_precision",
-        f"{written:.3f} GB written (counters.json), the output's own size": "07_precision",
+        f"{written:.3f} GB written (counters.json), the output is {output:.3f}": "07_precision",
     }
 
 

@@ -33,6 +33,8 @@ What it changes:
   land by lines of 128 bytes, all banks at once.
 - Outputs leave in whole sectors, straight from registers: four lanes that hold 8 columns move them
   round until each has its own part of a sector.
+- What is needed next is under way before: sums that are handed over, while products are made;
+  shuffles, all together. Who waits naps between tries, as power is what a series of calls lacks.
 
 What it predicted, on the contract's shape, when a strip still had products of 72 columns (64 and 8
 more, to store from a whole sector on): 144 wgmma of 36 cycles for two rows of 64 columns and 64
@@ -46,7 +48,7 @@ Error 2.8e-7: less than fp32's own, as chains are short.
 
 What was tried before: direct sums, the channels of each product split between two warpgroups. A
 call took 3.0 ms, in a series 3.35; three fp16 products at cuBLAS' own rate take 2.8 there. So
-products had to be saved.
+products had to be saved. A sixth fewer instructions, all of them addresses, gained nothing.
 """
 
 from asymconv.kernels.half_range import HALF_RANGE
