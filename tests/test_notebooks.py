@@ -106,6 +106,7 @@ def words_of_00_to_07() -> dict[str, str]:
     assert written <= 1.005 * output
     faster = theirs / ours
     assert ours <= 1.3
+    assert k08 <= 2.8
     assert faster >= 3.2
     again = record.load(record.DATA_FOLDER / AGAIN)
     later, later_faster = again["k07"].median, again["nn.Conv2d"].median / again["k07"].median
