@@ -13,7 +13,7 @@ from asymconv import ablations, build, measure, plots, record
 from asymconv.ablations import ABLATIONS, Ablation
 from asymconv.check import check
 from asymconv.cli import app
-from asymconv.kernels import get_rung, k07_hopper_ring
+from asymconv.kernels import get_rung, k07_hopper_ring, k08_hopper_split
 from asymconv.problem import CONTRACT
 
 SMALL = CONTRACT.with_(batch=1, height=9, width=256)
@@ -146,6 +146,16 @@ def test_k07s_docstring_gives_the_records_numbers() -> None:
         f"{ms('no turns', late)}, without the clock {ms('no clock')} and {ms('no clock', late)}.",
     ):
         assert words in text, words
+
+
+def test_k08s_docstring_gives_the_records_numbers() -> None:
+    found, ladder = record.load(ablations.RECORD), record.load()
+    text = " ".join(k08_hopper_split.__doc__.split())
+    long = {f"{ms:.1f}" for ms in (found[f"k08{ablations.LONG}"].median, ladder["k08"].median)}
+    assert len(long) == 1
+    assert f"{found['k08'].median:.1f} ms for a few calls, {long.pop()} in a series" in text
+    assert f"Error {ladder['k08'].error:.1e}: less than fp32's own".replace("e-0", "e-") in text
+    assert ladder["k08"].error < ladder["nn.Conv2d, strict fp32"].error
 
 
 @pytest.mark.skipif(not ablations.RECORD.exists(), reason="not measured yet: asymconv ablations")

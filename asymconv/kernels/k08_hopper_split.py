@@ -48,7 +48,7 @@ Error 2.8e-7: less than fp32's own, as chains are short.
 
 What was tried before: direct sums, the channels of each product split between two warpgroups. A
 call took 3.0 ms, in a series 3.35; three fp16 products at cuBLAS' own rate take 2.8 there. So
-products had to be saved. A sixth fewer instructions, all of them addresses, gained nothing.
+products had to be saved. A seventh fewer instructions, most of them addresses, gained nothing.
 """
 
 from asymconv.kernels.half_range import HALF_RANGE
