@@ -939,6 +939,123 @@ LAUNCH(small_twins, 1, 32, 0)
 )
 
 
+CLUSTER_CHECKED = (
+    PRELUDE
+    + ptx.HOPPER
+    + ptx.BULK
+    + ptx.CLUSTER
+    + r"""
+// Launched by cudaLaunchKernelEx, in clusters.
+#define LAUNCH_CLUSTERS(kernel)                                                               \
+  extern "C" int run_##kernel(const float* x, float* y, const unsigned* cluster, int grid,    \
+                              int block) {                                                    \
+    cudaLaunchAttribute attribute = {};                                                       \
+    attribute.id = cudaLaunchAttributeClusterDimension;                                       \
+    attribute.val.clusterDim.x = cluster[0];                                                  \
+    attribute.val.clusterDim.y = cluster[1];                                                  \
+    attribute.val.clusterDim.z = cluster[2];                                                  \
+    cudaLaunchConfig_t config = {};                                                           \
+    config.gridDim = grid;                                                                    \
+    config.blockDim = block;                                                                  \
+    config.dynamicSmemBytes = sizeof(Exchanged);                                              \
+    config.attrs = &attribute;                                                                \
+    config.numAttrs = 1;                                                                      \
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, x, y);                      \
+    return (int)(error ? error : cudaGetLastError());                                         \
+  }
+
+struct Exchanged {
+  float own[128], others[128];
+  unsigned long long landed, read;
+  int least, most;
+};
+enum { WAITED, TOO_EARLY, NOT_FENCED, OVERWRITTEN, NOT_EXPECTED, OWN_BARRIER, NO_SUCH_BLOCK };
+
+// Each block of a cluster gets the other's 128 values, in 2 turns.
+template <int How>
+__device__ void exchange(const float* x, float* y) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  Exchanged& here = *reinterpret_cast<Exchanged*>(shared);
+  const int lane = threadIdx.x % 32, rank = cluster_rank();
+  const unsigned mine = shared_address(shared);
+  const unsigned there = map_shared(mine, How == NO_SUCH_BLOCK ? 2 : 1 - rank);
+  const auto in_other = [&](void* place) { return there + (shared_address(place) - mine); };
+  if (threadIdx.x == 0) {
+    mbarrier_init(shared_address(&here.landed), 1);
+    mbarrier_init(shared_address(&here.read), 1);
+    here.least = 1000;
+    here.most = -1000;
+  }
+  cluster_barrier();
+  for (int turn = 0; turn < 2; ++turn) {
+    if (threadIdx.x < 32) {
+      if (turn) mbarrier_wait(shared_address(&here.read), 0);
+      const float4 four = reinterpret_cast<const float4*>(x)[blockIdx.x * 32 + lane];
+      reinterpret_cast<float4*>(here.own)[lane] =
+          make_float4(four.x + turn, four.y, four.z, four.w);  // @sent
+      if (How != NOT_FENCED) fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) {
+        if (How != NOT_EXPECTED) mbarrier_arrive_expect(shared_address(&here.landed), 512);
+        if (How == NOT_EXPECTED) mbarrier_arrive(shared_address(&here.landed));
+        cluster_copy(in_other(here.others), shared_address(here.own), 512,
+                     How == OWN_BARRIER ? mine + 1024 : in_other(&here.landed));  // @copied
+        cluster_min(in_other(&here.least), 10 * blockIdx.x + turn);
+        cluster_max(in_other(&here.most), 10 * blockIdx.x + turn);
+      }
+      if (How == OVERWRITTEN) here.own[lane] = -1.0f;  // @overwritten
+    }
+    if (How != TOO_EARLY) mbarrier_wait(shared_address(&here.landed), turn);
+    if (threadIdx.x / 32 == turn) {
+      reinterpret_cast<float4*>(y)[(2 * blockIdx.x + turn) * 32 + lane] =
+          reinterpret_cast<const float4*>(here.others)[lane];
+    }
+    if (How == TOO_EARLY) mbarrier_wait(shared_address(&here.landed), turn);
+    __syncthreads();
+    if (threadIdx.x == 0) cluster_mbarrier_arrive(in_other(&here.read));
+  }
+  cluster_barrier();
+  if (threadIdx.x == 0) {
+    y[1024 + 2 * blockIdx.x] = here.least;
+    y[1025 + 2 * blockIdx.x] = here.most;
+    y[1032 + blockIdx.x] = 10 * cluster_blocks() + rank;
+  }
+}
+#define EXCHANGE(name, How)                                                                   \
+  __global__ void name(const float* x, float* y) { exchange<How>(x, y); }                     \
+  LAUNCH_CLUSTERS(name)
+EXCHANGE(exchanged, WAITED)
+EXCHANGE(exchanged_early, TOO_EARLY)
+EXCHANGE(exchanged_unfenced, NOT_FENCED)
+EXCHANGE(exchanged_overwritten, OVERWRITTEN)
+EXCHANGE(exchanged_unexpected, NOT_EXPECTED)
+EXCHANGE(exchanged_by_own_barrier, OWN_BARRIER)
+EXCHANGE(exchanged_with_none, NO_SUCH_BLOCK)
+
+// The blocks of a cluster pass their own barriers, and no other's.
+__global__ void alone(const float* x, float* y) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  float* const row = reinterpret_cast<float*>(shared);
+  const int t = threadIdx.x;
+  row[t] = x[blockIdx.x * 128 + t];
+  if (cluster_rank() == 1) __syncthreads();
+  named_barrier<128>(1);
+  float other = row[127 - t];
+  named_barrier<128>(1);
+  row[t] = other + 1.0f;
+  __syncthreads();
+  y[blockIdx.x * 128 + t] = row[127 - t];
+}
+LAUNCH_CLUSTERS(alone)
+
+__global__ void one_leaves(const float* x, float* y) {
+  if (cluster_rank() == 0) cluster_barrier();  // @left_alone
+}
+LAUNCH_CLUSTERS(one_leaves)
+"""
+)
+
+
 def line_of(source: str, mark: str) -> int:
     """The line of a text that ends in ``// @mark``, from 1."""
     (number,) = (
@@ -1623,6 +1740,71 @@ def test_bulk_stores_read_as_late_as_they_may(programs):
         run(traced, "bulk_stores_unfenced", racecheck=True)
     with pytest.raises(cpu.EmulationError, match="no multiple of 16 bytes"):
         run(program, "bulk_stores_of_250_bytes")
+
+
+def in_clusters(blocks: int = 2, grid: int = 4, block: int = 128, y: int = 1, z: int = 1) -> tuple:
+    return ((ctypes.c_uint * 3)(blocks, y, z), ctypes.c_int(grid), ctypes.c_int(block))
+
+
+@pytest.mark.parametrize("order_seed", [0, 1, 2, 3])
+def test_clusters_exchange(programs, order_seed):
+    x = torch.arange(512.0)
+    expected = x.view(4, 1, 32, 4)[[1, 0, 3, 2]].repeat(1, 2, 1, 1)
+    expected[:, 1, :, 0] += 1
+    for traced in (False, True):
+        how = {"order_seed": order_seed, "racecheck": traced, "trace": traced}
+        program = programs(CLUSTER_CHECKED, traced)
+        y = run(program, "exchanged", extra=in_clusters(), **how)
+        assert torch.equal(y[:1024], expected.flatten())
+        assert y[1024:1032].tolist() == [10, 11, 0, 1, 30, 31, 20, 21]
+        assert y[1032:1036].tolist() == [20, 21, 20, 21]
+        assert torch.equal(run(program, "alone", extra=in_clusters(), **how)[:512], x + 1)
+    how = {"order_seed": order_seed, "extra": in_clusters(blocks=1)}
+    assert torch.equal(run(programs(CLUSTER_CHECKED, False), "alone", **how)[:512], x + 1)
+
+
+def test_copies_between_blocks_come_as_late_as_they_may(programs):
+    program, traced = programs(CLUSTER_CHECKED, False), programs(CLUSTER_CHECKED)
+    marks = ("sent", "copied", "overwritten", "left_alone")
+    sent, copied, overwritten, alone = (line_of(CLUSTER_CHECKED, mark) for mark in marks)
+    how = {"extra": in_clusters(grid=2)}
+    assert run(program, "exchanged_early", **how)[:128].isnan().all()
+    for kernel, message in {
+        "exchanged_early": "race in shared memory",
+        "exchanged_unfenced": rf"line {sent} with no fence.proxy.async",
+        "exchanged_overwritten": rf"line {copied - 1} what .* stores at line {overwritten} ",
+    }.items():
+        with pytest.raises(cpu.EmulationError, match=message):
+            run(traced, kernel, racecheck=True, **how)
+    for kernel, message in {
+        "exchanged_unexpected": r"expects 0 bytes in this phase, but bulk copies bring 512",
+        "exchanged_by_own_barrier": "its barrier is not in the block that it writes to",
+        "exchanged_with_none": "the cluster has no block 2",
+        "one_leaves": rf"deadlock: 128 of 256 .*line {alone}",
+    }.items():
+        with pytest.raises(cpu.EmulationError, match=message):
+            run(program, kernel, **how)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error"),
+    [
+        ({}, 0),
+        ({"blocks": 1, "grid": 3}, 0),
+        ({"grid": 3}, 9),
+        ({"blocks": 4}, 9),  # the emulator's limit, not CUDA's
+        ({"blocks": 0}, 9),
+        ({"y": 2}, 1),
+        ({"block": 1024}, 9),  # the emulator's, likewise
+    ],
+)
+def test_clusters_that_are_refused(programs, sizes, error):
+    x, y = (cpu.aligned_empty(N).fill_(v) for v in (1.0, -1.0))
+    code = programs(CLUSTER_CHECKED, False).call(
+        "run_alone", *(ctypes.c_void_p(t.data_ptr()) for t in (x, y)), *in_clusters(**sizes)
+    )
+    assert code == error
+    assert y[0].item() == (2.0 if error == 0 else -1.0)
 
 
 def test_small_twins_of_hopper(programs):

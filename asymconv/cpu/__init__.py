@@ -1,10 +1,11 @@
 """Runs CUDA C++ on a CPU, and counts what its memory accesses would cost a GPU.
 
 The same text that nvcc compiles is translated as little as g++ needs (`translate`), compiled to a
-shared library (`runtime_command`, `write_sources`, `commands`) and run (`Program`): one block at a
-time, every CUDA thread on a stack of its own, with barriers, warp shuffles, shared memory,
-cp.async, ldmatrix and mma.sync; and of Hopper mbarriers, named barriers, wgmma and bulk copies.
-Tensor maps and clusters are not there.
+shared library (`runtime_command`, `write_sources`, `commands`) and run (`Program`): one block or
+cluster at a time, every CUDA thread on a stack of its own, with barriers, warp shuffles, shared
+memory, cp.async, ldmatrix and mma.sync; and of Hopper mbarriers, named barriers, wgmma and bulk
+copies.
+Tensor maps and clusters of more than two blocks are not there.
 
 - Shared memory holds NaN when a block begins. A barrier that not all threads reach, and every other
   fault, is an `EmulationError` that names kernel and block; the process and the library live on.

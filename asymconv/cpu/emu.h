@@ -131,9 +131,12 @@ constexpr int kWarp = 32;
 // Dynamic shared memory; `extern __shared__ T name[];` becomes a pointer to it.
 // The margins on both sides let the tracer tell an access that is just out of bounds.
 constexpr std::size_t kSharedMargin = 4096;  // bytes
+// From a block's to the next one's of its cluster.
+constexpr std::size_t kSharedStride = 240 * 1024;
 alignas(1024) extern unsigned char dynamic_shared_room[];
+extern unsigned cluster_rank;  // in its cluster, of the block whose thread runs
 EMU_INLINE unsigned char* dynamic_shared() {
-  return dynamic_shared_room + kSharedMargin;
+  return dynamic_shared_room + kSharedMargin + cluster_rank * kSharedStride;
 }
 
 // Ends the call with an EmulationError that names kernel and block. Only in a CUDA thread.
@@ -202,9 +205,10 @@ cudaError_t cudaGetLastError();   // and forgets it
 cudaError_t cudaPeekAtLastError();
 const char* cudaGetErrorString(cudaError_t error);
 const char* cudaGetErrorName(cudaError_t error);
-// An imaginary GPU: compute capability 9.0 (but no tensor maps, no clusters), 4 SMs so that
-// persistent kernels loop on small shapes, 227 KiB of dynamic shared memory, an H100's memory, and
-// L2 that is small, so that what is meant for more than it holds runs.
+// An imaginary GPU: compute capability 9.0 (but no tensor maps, and clusters of two blocks along x
+// at most, whose static shared memory is one), 4 SMs so that persistent kernels loop on small
+// shapes, 227 KiB of dynamic shared memory, an H100's memory, and L2 that is small, so that what is
+// meant for more than it holds runs.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 EMU_INLINE cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -258,6 +262,7 @@ struct LaunchConfig {
   const void* function;  // its address: the key of its attributes
   dim3 grid, block;
   std::size_t dynamic_shared;  // bytes
+  unsigned cluster = 1;        // blocks along x that run together and see each other's memory
 };
 
 // Runs body(arguments) once for every thread of every block, or notes why CUDA would not.
@@ -312,6 +317,38 @@ Kernel<P...> kernel(void (*function)(P...), const char* name) {
 }
 
 }  // namespace emu
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttributeValue {
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  std::size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...),
+                               A&&... args) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  emu::LaunchConfig launched{"kernel", function, config->gridDim, config->blockDim,
+                             config->dynamicSmemBytes};
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const auto& cluster = config->attrs[i].val.clusterDim;
+    if (cluster.y != 1 || cluster.z != 1) return cudaErrorInvalidValue;
+    launched.cluster = cluster.x;
+  }
+  emu::Launch<P...>(kernel, launched)(std::forward<A>(args)...);
+  return cudaPeekAtLastError();
+}
 
 template <class... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {

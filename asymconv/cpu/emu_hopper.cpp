@@ -17,12 +17,23 @@ unsigned static_shared_address() {
   return (end + 1023) / 1024 * 1024 + kGap + static_cast<unsigned>(begin % 1024);
 }
 
+// Addresses of a cluster's blocks, as mapa gives them: from here on, so far apart.
+constexpr unsigned kWindow = 1u << 24;
+
+// A shared address as mapa gives it for the block that it is of.
+unsigned in_cluster(unsigned address) {
+  return address >= kWindow ? address : address + (self->rank + 1) * kWindow;
+}
+
 // The memory of `bytes` bytes from a shared address on, or null.
 unsigned char* shared_memory(unsigned address, std::size_t bytes) {
+  const unsigned rank = address >= kWindow ? address / kWindow - 1 : self->rank;
+  address %= kWindow;
   const std::size_t in_dynamic = address - std::size_t{kSystemShared};
   if (address >= kSystemShared && in_dynamic + bytes <= block.dynamic_shared) {
-    return dynamic_shared() + in_dynamic;
+    return all_dynamic_shared().begin + rank * kSharedStride + in_dynamic;
   }
+  if (rank != self->rank) return nullptr;
   const unsigned first = static_shared_address();
   const std::size_t in_static = address - std::size_t{first};
   if (address >= first && in_static + bytes <= static_shared.size) {
@@ -57,7 +68,8 @@ MBarrier* find_mbarrier(unsigned address, const unsigned char* memory) {
   std::uint64_t word;
   std::memcpy(&word, memory, sizeof word);
   const std::uint64_t number = word ^ kMBarrierMark;
-  const bool known = number < block.mbarriers.size() && block.mbarriers[number].address == address;
+  const bool known = number < block.mbarriers.size() &&
+                     in_cluster(address) == block.mbarriers[number].in_cluster;
   return known ? &block.mbarriers[number] : nullptr;
 }
 
@@ -77,7 +89,7 @@ MBarrier& mbarrier_at(unsigned address, const char* what, int line, const void* 
 
 void finish(const BulkLoad& load) {
   if constexpr (EMU_TRACED) trace::bulk_load_ends(load);
-  std::memcpy(load.shared, load.global, static_cast<std::size_t>(load.bytes));
+  std::memcpy(load.shared, load.from, static_cast<std::size_t>(load.bytes));
 }
 
 // Completes the phase if all arrivals and bytes are there. Copies that are under way arrive now.
@@ -104,6 +116,16 @@ void complete_if_due(MBarrier& barrier, int line) {
     for (Thread* thread : barrier.waiting) trace::take_over(*thread, barrier.completed);
   }
   wake(barrier.waiting, false);
+}
+
+// Of a copy to shared memory, once its begin is checked.
+void begin(BulkLoad load, MBarrier& barrier, int line) {
+  if constexpr (EMU_TRACED) {
+    trace::bulk_load_begins(load);
+    load.moment = trace::moment();
+  }
+  barrier.loads.push_back(load);
+  if (!barrier.waiting.empty()) complete_if_due(barrier, line);
 }
 
 void arrive(unsigned address, int count, long long bytes, const char* what, int line,
@@ -420,6 +442,7 @@ void mbarrier_init(unsigned address, int count, int line) {
   }
   MBarrier barrier;
   barrier.address = address;
+  barrier.in_cluster = in_cluster(address);
   barrier.number = block.mbarriers.size();
   barrier.count = barrier.pending = count;
   const std::uint64_t word = kMBarrierMark ^ barrier.number;
@@ -453,12 +476,14 @@ void mbarrier_wait(unsigned address, unsigned parity, int line) {
 void named_barrier(int id, int threads, int line) {
   constexpr const char* kWhat = "barrier.sync";
   const uint3 t = self->index;
-  if (id < 1 || id >= kNamedBarriers || threads < 1 || threads % kWarp || threads > block.size) {
+  if (id < 1 || id >= kNamedBarriers || threads < 1 || threads % kWarp ||
+      threads > block.block_size) {
     fail("thread (%u, %u, %u): %s of barrier %d and %d threads at line %d: barriers are 1 to %d (0 "
          "is __syncthreads()), threads a multiple of %d, at most the block's %d",
-         t.x, t.y, t.z, kWhat, id, threads, line, kNamedBarriers - 1, kWarp, block.size);
+         t.x, t.y, t.z, kWhat, id, threads, line, kNamedBarriers - 1, kWarp, block.block_size);
   }
-  NamedBarrier& barrier = block.named_barriers[id];
+  const int place = static_cast<int>(self->rank) * kNamedBarriers + id;
+  NamedBarrier& barrier = block.named_barriers[place];
   if (barrier.arrived && barrier.threads != threads) {
     fail("thread (%u, %u, %u) reaches barrier %d for %d threads at line %d, others wait there for "
          "%d at line %d",
@@ -469,7 +494,7 @@ void named_barrier(int id, int threads, int line) {
   if constexpr (EMU_TRACED) trace::hand_on(*self, barrier.brought);
   if (++barrier.arrived < threads) {
     self->wait = {kWhat, line};
-    self->wait.named_barrier = id;
+    self->wait.named_barrier = place;
     barrier.waiting.push_back(self);
     suspend();
     return;
@@ -481,6 +506,26 @@ void named_barrier(int id, int threads, int line) {
   }
   barrier.arrived = 0;
   wake(barrier.waiting, true);
+}
+
+unsigned map_shared(unsigned address, unsigned rank) {
+  if (rank * static_cast<unsigned>(block.block_size) >= static_cast<unsigned>(block.size)) {
+    fail("mapa: the cluster has no block %u", rank);
+  }
+  return address % kWindow + (rank + 1) * kWindow;
+}
+
+int* cluster_word(unsigned address, int line) {
+  check_alignment(address % 4 == 0, "red.shared::cluster", 4, line);
+  return reinterpret_cast<int*>(shared_memory(address, 4, "red.shared::cluster", line));
+}
+
+int cluster_blocks() {
+  return block.size / block.block_size;
+}
+
+void cluster_barrier(int line) {
+  meet_at(block.all, block.size, 0, "barrier.cluster", line);
 }
 
 void fence_async_proxy() {
@@ -559,13 +604,21 @@ void bulk_load(unsigned shared, const void* global, int bytes, unsigned address,
                   line);
   unsigned char* to = shared_memory(shared, static_cast<std::size_t>(bytes), kWhat, line);
   MBarrier& barrier = mbarrier_at(address, kWhat, line, __builtin_return_address(0));
-  BulkLoad load{to, global, bytes, self, __builtin_return_address(0), 0};
-  if constexpr (EMU_TRACED) {
-    trace::bulk_load_begins(load);
-    load.moment = trace::moment();
+  begin({to, global, bytes, false, self, __builtin_return_address(0), 0}, barrier, line);
+}
+
+void cluster_copy(unsigned there, unsigned shared, int bytes, unsigned barrier_there, int line) {
+  constexpr const char* kWhat = "cp.async.bulk between shared memories";
+  const auto size = static_cast<std::size_t>(bytes);
+  check_alignment(there % 16 == 0 && shared % 16 == 0 && bytes % 16 == 0 && bytes >= 0, kWhat, 16,
+                  line);
+  if (there / kWindow != barrier_there / kWindow) {
+    fail("%s at line %d: its barrier is not in the block that it writes to", kWhat, line);
   }
-  barrier.loads.push_back(load);
-  if (!barrier.waiting.empty()) complete_if_due(barrier, line);
+  unsigned char* to = shared_memory(there, size, kWhat, line);
+  const unsigned char* from = shared_memory(shared, size, kWhat, line);
+  MBarrier& barrier = mbarrier_at(barrier_there, kWhat, line, __builtin_return_address(0));
+  begin({to, from, bytes, true, self, __builtin_return_address(0), 0}, barrier, line);
 }
 
 void bulk_store(void* global, unsigned shared, int bytes, int line) {
@@ -671,8 +724,8 @@ int describe_wait(const Wait& wait, char* to, std::size_t room) {
   }
   if (wait.named_barrier >= 0) {
     const NamedBarrier& b = block.named_barriers[wait.named_barrier];
-    return std::snprintf(to, room, " (barrier %d: %d of %d threads are there)", wait.named_barrier,
-                         b.arrived, b.threads);
+    return std::snprintf(to, room, " (barrier %d: %d of %d threads are there)",
+                         wait.named_barrier % kNamedBarriers, b.arrived, b.threads);
   }
   return 0;
 }

@@ -60,6 +60,27 @@ void bulk_commit();
 void bulk_wait_read(int groups_left = 0);
 void bulk_wait(int groups_left = 0);
 
+// mapa: what stands at a shared address of this block's, in another one's of its cluster. The result
+// is an address for cluster_copy, cluster_atomic and mbarrier_arrive alone.
+unsigned map_shared(unsigned address, unsigned rank);
+// cp.async.bulk from the block's shared memory to another's; is read and arrives when somebody waits
+// for the phase of the barrier there.
+void cluster_copy(unsigned there, unsigned shared, int bytes, unsigned barrier_there,
+                  int line = __builtin_LINE());
+// red.shared::cluster: change(what is there).
+int* cluster_word(unsigned address, int line);
+template <class F>
+EMU_INLINE void cluster_atomic(unsigned address, F change, int line = __builtin_LINE()) {
+  int* const word = cluster_word(address, line);
+  int value;
+  atomic_read(word, &value, sizeof value);
+  value = change(value);
+  atomic_write(word, &value, sizeof value);
+}
+int cluster_blocks();  // %cluster_nctarank
+// barrier.cluster.arrive and .wait, of all threads of all blocks of a cluster.
+void cluster_barrier(int line = __builtin_LINE());
+
 // %globaltimer: moves on when it is looked at, so that whoever waits for a time is not slow.
 unsigned long long nanoseconds();
 

@@ -20,7 +20,9 @@ dim3 blockDim, gridDim;
 
 namespace emu {
 
-unsigned char dynamic_shared_room[kSharedMargin + kMaxDynamicShared + kSharedMargin];
+static_assert(kSharedStride >= kMaxDynamicShared + 2 * kSharedMargin && kSharedStride % 1024 == 0);
+unsigned char dynamic_shared_room[kMaxCluster * kSharedStride + kSharedMargin];
+unsigned cluster_rank;
 
 Block block;
 Thread* self;
@@ -37,6 +39,7 @@ struct CallState {
   const char* kernel = "";
   void (*body)(const void*) = nullptr;
   const void* arguments = nullptr;
+  unsigned first_block = 0;            // blockIdx.x of the cluster's first
   void* main_stack_pointer = nullptr;  // of launch(), while a block runs
   pthread_t thread{};
 };
@@ -237,9 +240,15 @@ Fiber* next_fiber() {
 
 void warp_lane_exited(Thread* thread);
 
-void run_thread(Thread* thread) {
+void become(Thread* thread) {
   self = thread;
   threadIdx = thread->index;
+  blockIdx.x = call.first_block + thread->rank;
+  cluster_rank = thread->rank;
+}
+
+void run_thread(Thread* thread) {
+  become(thread);
   call.body(call.arguments);
   thread->exited = true;
   --block.alive;
@@ -377,18 +386,23 @@ void prepare_launch(const LaunchConfig& config, void (*body)(const void*), const
   call.arguments = arguments;
   gridDim = config.grid;
   blockDim = config.block;
-  const int size = static_cast<int>(config.block.x * config.block.y * config.block.z);
+  const int block_size = static_cast<int>(config.block.x * config.block.y * config.block.z);
+  const int size = block_size * static_cast<int>(config.cluster);
   block.size = size;
+  block.block_size = block_size;
   block.dynamic_shared = config.dynamic_shared;
-  block.barrier.arrived = 0;
-  block.barrier.predicates = 0;
-  block.barrier.waiting.clear();
+  for (BlockBarrier* barrier : {&block.barriers[0], &block.barriers[1], &block.all}) {
+    barrier->arrived = 0;
+    barrier->predicates = 0;
+    barrier->waiting.clear();
+  }
   ready.clear();
   ready_first = 0;
   for (int i = 0; i < size; ++i) {
-    const unsigned n = static_cast<unsigned>(i);
+    const unsigned n = static_cast<unsigned>(i % block_size);
     const dim3& b = config.block;
     block.threads[i].number = i;
+    block.threads[i].rank = static_cast<unsigned>(i / block_size);
     block.threads[i].index = {n % b.x, n / b.x % b.y, n / (b.x * b.y)};
     block.threads[i].wait = {};
     block.start_order[i] = i;
@@ -402,7 +416,10 @@ void prepare_launch(const LaunchConfig& config, void (*body)(const void*), const
 }
 
 void poison_shared_memory() {
-  std::memset(dynamic_shared(), 0xff, block.dynamic_shared);
+  for (int first = 0; first < block.size; first += block.block_size) {
+    cluster_rank = static_cast<unsigned>(first / block.block_size);
+    std::memset(dynamic_shared(), 0xff, block.dynamic_shared);
+  }
   if (static_shared.size) std::memset(static_shared.begin, 0xff, static_shared.size);
 }
 
@@ -452,9 +469,11 @@ cudaError_t refusal(const LaunchConfig& config) {
   const bool empty = !g.x || !g.y || !g.z || !b.x || !b.y || !b.z;
   const bool wide_grid = g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535;
   const bool wide_block = b.x > 1024 || b.y > 1024 || b.z > 64;
-  if (empty || wide_grid || wide_block || b.x * b.y * b.z > kMaxThreads) {
-    return cudaErrorInvalidConfiguration;
-  }
+  const unsigned size = b.x * b.y * b.z, blocks = config.cluster;
+  if (empty || wide_grid || wide_block || size > kMaxThreads) return cudaErrorInvalidConfiguration;
+  const bool clusters = blocks >= 1 && blocks <= kMaxCluster && g.x % blocks == 0;
+  const bool whole = blocks == 1 || (size % 128 == 0 && size * blocks <= kMaxThreads);
+  if (!clusters || !whole) return cudaErrorInvalidConfiguration;
   if (config.dynamic_shared > dynamic_shared_limit(config.function)) return cudaErrorInvalidValue;
   return cudaSuccess;
 }
@@ -574,8 +593,7 @@ void suspend() {
   thread->fiber = own;
   Fiber* next = next_fiber();
   if (next != own) enter(next, &own->stack_pointer);
-  self = thread;
-  threadIdx = thread->index;
+  become(thread);
 }
 
 void yield() {
@@ -597,7 +615,10 @@ void wake(std::vector<Thread*>& waiting, bool self_too) {
 // sm_70 on the hardware does not wait for it, but the guide's rule is not kept), and threads that
 // meet at two different calls are an error although the hardware may let them pass.
 int sync_block(int predicate, const char* what, int line) {
-  BlockBarrier& barrier = block.barrier;
+  return meet_at(block.barriers[self->rank], block.block_size, predicate, what, line);
+}
+
+int meet_at(BlockBarrier& barrier, int threads, int predicate, const char* what, int line) {
   if (barrier.arrived && barrier.at.line != line) {
     const uint3 t = self->index;
     fail("divergent barrier: thread (%u, %u, %u) reaches %s at line %d, %d threads wait in %s at "
@@ -606,7 +627,7 @@ int sync_block(int predicate, const char* what, int line) {
   }
   barrier.at = {what, line};
   barrier.predicates += predicate != 0;
-  if (++barrier.arrived < block.size) {
+  if (++barrier.arrived < threads) {
     self->wait = {what, line};
     barrier.waiting.push_back(self);
     suspend();
@@ -614,10 +635,20 @@ int sync_block(int predicate, const char* what, int line) {
     barrier.result = barrier.predicates;
     barrier.arrived = 0;
     barrier.predicates = 0;
-    if constexpr (EMU_TRACED) trace::block_synchronized();
+    if constexpr (EMU_TRACED) {
+      if (threads == block.size) {
+        trace::block_synchronized();
+      } else {
+        View together;
+        trace::hand_on(*self, together);
+        for (Thread* thread : barrier.waiting) trace::hand_on(*thread, together);
+        trace::take_over(*self, together);
+        for (Thread* thread : barrier.waiting) trace::take_over(*thread, together);
+      }
+    }
     release(barrier.waiting, true);
   }
-  return block.barrier.result;
+  return barrier.result;
 }
 
 void sync_warp(unsigned mask, int line) {
@@ -675,8 +706,9 @@ void launch(const LaunchConfig& config, void (*body)(const void*), const void* a
   const dim3 grid = config.grid;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
+      for (unsigned x = 0; x < grid.x; x += config.cluster) {
         blockIdx = {x, y, z};
+        call.first_block = x;
         run_block();
         if (call.failed) {
           last_error = cudaErrorLaunchFailure;

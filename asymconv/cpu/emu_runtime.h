@@ -10,7 +10,8 @@
 
 namespace emu {
 
-constexpr int kMaxThreads = 1024;                        // of a block
+constexpr int kMaxThreads = 1024;                        // of a block, and of a cluster
+constexpr unsigned kMaxCluster = 2;                      // blocks
 constexpr int kMaxWarps = kMaxThreads / kWarp;
 constexpr std::size_t kMaxDynamicShared = 227 * 1024;    // bytes, as on sm_90
 constexpr std::size_t kDefaultDynamicShared = 48 * 1024; // without cudaFuncSetAttribute
@@ -68,8 +69,9 @@ struct Accumulator {
 
 struct BulkLoad {
   unsigned char* shared;
-  const void* global;
+  const void* from;
   int bytes;
+  bool from_shared;  // memory of a block of the cluster, not global
   Thread* thread;  // that began it
   const void* pc;
   unsigned moment;
@@ -86,8 +88,9 @@ struct BulkStore {
 };
 
 struct Thread {
-  int number;  // in the block, x fastest
+  int number;  // in the cluster: block by block, x fastest
   uint3 index;
+  unsigned rank;  // of its block in the cluster
   Fiber* fiber = nullptr;  // where it stands while it waits
   bool exited = false;
   Wait wait;
@@ -127,7 +130,8 @@ struct BlockBarrier {
 
 // A barrier in shared memory, whose word there names it.
 struct MBarrier {
-  unsigned address = 0;  // shared
+  unsigned address = 0;     // shared
+  unsigned in_cluster = 0;  // the same, as mapa gives it
   std::size_t number = 0;
   int count = 0, pending = 0;  // arrivals: of a phase; that are missing
   unsigned phase = 0;
@@ -151,17 +155,19 @@ struct WarpgroupBarrier {
   std::vector<Thread*> waiting;
 };
 
+// A block, or a cluster of them: their threads one after the other, whole warpgroups each.
 struct Block {
-  int size = 0;     // threads
+  int size = 0;        // threads
+  int block_size = 0;  // of a block of these
   int alive = 0;    // that have not exited
   int started = 0;  // that have begun, in the order of start_order
   std::size_t dynamic_shared = 0;  // bytes
   Thread threads[kMaxThreads];
   Warp warps[kMaxWarps];
   int start_order[kMaxThreads];
-  BlockBarrier barrier;
+  BlockBarrier barriers[kMaxCluster], all;  // of a block; of the cluster
   std::deque<MBarrier> mbarriers;
-  NamedBarrier named_barriers[kNamedBarriers];
+  NamedBarrier named_barriers[kMaxCluster * kNamedBarriers];
   WarpgroupBarrier warpgroups[kMaxThreads / 128];
 };
 
@@ -171,6 +177,9 @@ extern Fiber* fiber;   // the stack that it runs on
 
 // Lets other threads run; returns when this one is ready again.
 void suspend();
+// Waits for `threads` threads there, of the block or the cluster; returns how many came with a
+// predicate that is not 0.
+int meet_at(BlockBarrier& barrier, int threads, int predicate, const char* what, int line);
 // The same, ready at once: others go first.
 void yield();
 // The same, half of the time, where threads run in a drawn order.
@@ -193,6 +202,12 @@ struct Range {
 };
 extern Range static_shared;  // the library's thread-local segment
 extern Range library;        // all it has mapped
+
+// Dynamic shared memory of all blocks of a cluster, and what lies between.
+EMU_INLINE Range all_dynamic_shared() {
+  return {dynamic_shared_room + kSharedMargin,
+          (kMaxCluster - 1) * kSharedStride + kMaxDynamicShared};
+}
 
 // emu_hopper.cpp: what a thread, a block begins with; what a thread may not leave behind.
 void begin_asynchronous(Thread& thread);

@@ -448,9 +448,13 @@ Space space_of(const void* p, int bytes, Op op, const void* pc, bool wrapped) {
   if (is_local(p)) return kIgnored;
 
   const auto address = reinterpret_cast<std::uintptr_t>(p);
-  const Range room{dynamic_shared_room, kSharedMargin + kMaxDynamicShared + kSharedMargin};
+  const Range room{dynamic_shared_room, kSharedMargin + kMaxCluster * kSharedStride};
   if (room.contains(p)) {
-    const Range launched{dynamic_shared(), block.dynamic_shared};
+    const Range all = all_dynamic_shared();
+    const auto from = static_cast<std::size_t>(static_cast<const unsigned char*>(p) - all.begin);
+    const std::size_t rank = all.contains(p) ? from / kSharedStride : cluster_rank;
+    const bool there = static_cast<int>(rank) * block.block_size < block.size;
+    const Range launched{all.begin + rank * kSharedStride, there ? block.dynamic_shared : 0};
     const auto* last = static_cast<const unsigned char*>(p) + bytes - 1;
     if (!launched.contains(p) || !launched.contains(last)) {
       out_of_shared(address, bytes, op, pc, wrapped);
@@ -527,13 +531,14 @@ void join(unsigned* to, const unsigned* from) {
   const uint3 b = block.threads[before.thread].index;
   const Site& here = sites[static_cast<std::size_t>(site)];
   const Site& there = sites[static_cast<std::size_t>(before.site)];
-  const bool dynamic = cell < kMaxDynamicShared;
+  const std::size_t in_dynamic = all_dynamic_shared().size;
+  const bool dynamic = cell < in_dynamic;
   fail("race in shared memory: thread (%u, %u, %u) %s at " EMU_PC
        " what thread (%u, %u, %u) %s at " EMU_PC
        " with no %s between (%s shared memory, byte %zu)",
        a.x, a.y, a.z, verb(op), in_library(here.pc), here.wrapped, b.x, b.y, b.z,
        before_wrote ? "stores" : "loads", in_library(there.pc), there.wrapped, missing,
-       dynamic ? "dynamic" : "static", dynamic ? cell : cell - kMaxDynamicShared);
+       dynamic ? "dynamic" : "static", dynamic ? cell % kSharedStride : cell - in_dynamic);
 }
 
 void remember_reader(Cell& cell, const Toucher& reader) {
@@ -585,10 +590,10 @@ void check_cell(std::size_t index, Op op, const Thread& thread, int site, bool a
 }
 
 std::size_t cell_number(const void* p) {
-  const Range dynamic{dynamic_shared(), kMaxDynamicShared};
+  const Range dynamic = all_dynamic_shared();
   const bool in_dynamic = dynamic.contains(p);
   const auto* begin = in_dynamic ? dynamic.begin : static_shared.begin;
-  return (in_dynamic ? 0 : kMaxDynamicShared) +
+  return (in_dynamic ? 0 : dynamic.size) +
          static_cast<std::size_t>(static_cast<const unsigned char*>(p) - begin);
 }
 
@@ -738,12 +743,19 @@ void async_read_ends(const void* shared, int bytes, const Thread& thread, const 
 
 void bulk_load_begins(const BulkLoad& load) {
   if (!watching()) return;
-  note_bulk(load.global, load.bytes, kLoad, load.pc);
+  if (load.from_shared) {
+    async_read_begins(load.from, load.bytes, *self, load.pc);
+  } else {
+    note_bulk(load.from, load.bytes, kLoad, load.pc);
+  }
   if (checking_races) check_race(load.shared, load.bytes, kStore, *self, bulk_site(load), 1, true);
 }
 
 void bulk_load_ends(const BulkLoad& load) {
   if (!checking_races) return;
+  if (load.from_shared) {
+    async_read_ends(load.from, load.bytes, *load.thread, load.pc, load.moment);
+  }
   const int site = bulk_site(load);
   check_undisturbed(load.shared, load.bytes, kStore, *load.thread, site, load.moment, 1);
   check_race(load.shared, load.bytes, kStore, *load.thread, site, 1, true);
@@ -860,7 +872,7 @@ void emu_watch(int count, int races, int n, const std::uintptr_t* addresses,
   sites.clear();
   site_of_key.clear();
   moments = 0;
-  if (races) cells.assign(kMaxDynamicShared + static_shared.size, Cell{});
+  if (races) cells.assign(all_dynamic_shared().size + static_shared.size, Cell{});
 }
 
 struct EmuSite {
@@ -892,7 +904,7 @@ void emu_request(int site, int i, EmuRequest* to) {
   using namespace emu;
   using namespace emu::trace;
   const Request& r = sites[static_cast<std::size_t>(site)].kept[static_cast<std::size_t>(i)];
-  const Range dynamic{dynamic_shared(), kMaxDynamicShared};
+  const Range dynamic = all_dynamic_shared();
   *to = {};
   to->block[0] = r.block_index.x;
   to->block[1] = r.block_index.y;

@@ -19,7 +19,7 @@ the block that found it.
 So whatever the input, every operand is rounded with an error of at most 2^-11 of the largest
 magnitude of its run: TF32's 11 bits, shared by a few neighbours. It costs a look at each value, and
 nothing else until a run fails; then k06 computes a tile again, k07 and k08 the outputs that see the
-run (whole rows of a strip, if it has more than 24 to 32 such runs or a filter's weights fail). ReLU
+run (whole rows of a strip, if it has more than 22 to 32 such runs or a filter's weights fail). ReLU
 leaves about one such run in 10^8 (notebook 09), random inputs none, where runs are of 4 pixels. A
 row's last run may be one pixel: a few draws in a thousand of 8×64×188×621 have one that is too
 small (by hand: 96,256 such runs, 2^-25 each). `layers.json` of git revision 1829fd6 had met one, we

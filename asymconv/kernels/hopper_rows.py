@@ -305,14 +305,14 @@ __global__ void __maxnreg__(LAUNCH_REGISTERS)
   if (threadIdx.x == 0) state->scale = scale;
   fence_async_proxy();  // the samples' place is written by copies next
   __syncthreads();
-  if (threadIdx.x < CONSUMERS) {
+TOGETHER  if (threadIdx.x < CONSUMERS) {
     registers_up_to<CONSUMER_REGISTERS>();
     consume<EVEN>(x, w, bias, y, c, plan, blocks_k, shared, state, scale);
   } else {
     registers_down_to<PRODUCER_REGISTERS>();
     produce<WIDE>(x, c, plan, blocks_k, shared, state, scale);
   }
-}
+TOGETHER}
 
 // On a device's own number of multiprocessors: a block has one for itself.
 extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
@@ -334,9 +334,7 @@ extern "C" int asymconv_launch(const float* x, const float* w, const float* bias
   const int at_once = max(1, multiprocessors / blocks_k);
   const Plan plan = PLANNED;
   const int blocks = blocks_k * min(plan.items, at_once);
-  kernel<<<blocks, THREADS, SHARED_BYTES, (cudaStream_t)stream>>>(x, w, bias, y, *c, plan,
-                                                                 blocks_k);
-  return (int)cudaGetLastError();
+LAUNCH  return (int)cudaGetLastError();
 }
 """
 
@@ -351,13 +349,37 @@ def plan(most_rows: int, more: str = "") -> str:
     return _PLAN.replace("MORE", more).replace("ROWS_OF_A_PART", str(most_rows))
 
 
-def hopper_kernel(planned: str = "plan_for(*c, at_once)") -> str:
+_LAUNCH = """\
+  kernel<<<blocks, THREADS, SHARED_BYTES, (cudaStream_t)stream>>>(x, w, bias, y, *c, plan,
+                                                                 blocks_k);
+"""
+_LAUNCH_CLUSTERS = """\
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = blocks_k % 2 ? 1 : 2;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = THREADS;
+  config.dynamicSmemBytes = SHARED_BYTES;
+  config.stream = (cudaStream_t)stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  error = cudaLaunchKernelEx(&config, kernel, x, w, bias, y, *c, plan, blocks_k);
+  if (error != cudaSuccess) return (int)error;
+"""
+
+
+def hopper_kernel(planned: str = "plan_for(*c, at_once)", *, clustered: bool = False) -> str:
     """The kernel and its launch.
 
     Args:
         planned: the Plan of a launch, a C++ expression.
+        clustered: blocks of the same strip are clusters of two, if their number is even.
     """
-    return _HOPPER_KERNEL.replace("PLANNED", planned)
+    together = "  if (cluster_blocks() > 1) cluster_barrier();\n" if clustered else ""
+    text = _HOPPER_KERNEL.replace("PLANNED", planned).replace("TOGETHER", together)
+    return text.replace("LAUNCH  ", (_LAUNCH_CLUSTERS if clustered else _LAUNCH) + "  ")
 
 
 def bad_rows(most_runs: int) -> str:

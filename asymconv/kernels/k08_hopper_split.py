@@ -26,8 +26,11 @@ What it changes:
 - Weights of 64 filters, two transformed rows of taps, hi and lo, would take 192 registers a thread.
   A strip is 64 columns wide, so sums take 32, and 160 hold weights; the rest, a sixth, is in shared
   memory, and so is where a warp is in its strip: a register that the compiler moves to local memory
-  costs hundreds of cycles here, where shared memory leaves L1 next to nothing. Two blocks share a
-  strip, side by side, and read the same rows: the second from L2.
+  costs hundreds of cycles here, where shared memory leaves L1 next to nothing.
+- Two blocks, 128 filters, share a strip and are a cluster: each fetches and converts one side of
+  its rows, and the copy engine takes that to the other's shared memory too. Stores to there, of 4
+  bytes, and fences for the cluster took half as long again as to convert all of it twice. A block
+  of 64 filters alone converts both sides.
 - A warp that converts waits for its own loads, mostly. So two warpgroups fetch and convert, two
   warps on each scheduler; each has channels and columns of its own and waits for no other. Copies
   land by lines of 128 bytes, all banks at once.
@@ -63,7 +66,7 @@ from asymconv.kernels.hopper_rows import (
     redo,
     refusal,
 )
-from asymconv.kernels.ptx import BULK, CP_ASYNC, HOPPER, MMA, NAP, wgmma_f16, wgmma_f16_ra
+from asymconv.kernels.ptx import BULK, CLUSTER, CP_ASYNC, HOPPER, MMA, NAP, wgmma_f16, wgmma_f16_ra
 from asymconv.kernels.rung import Rung
 
 LAYOUT = r"""
@@ -83,11 +86,13 @@ static_assert(CONSUMERS * CONSUMER_REGISTERS + PRODUCERS * PRODUCER_REGISTERS <=
 
 // Shared memory, in bytes. Landing: rows of fp32 as they come from memory, 72 pixels a channel. A
 // warp of the producers has 16 channels of one side, 32 pixels, of five rows for itself: four that
-// two output rows see, and the next. What is right of both sides, the tail, is the left one's.
+// two output rows see, and the next. What is right of both sides, the tail, is the left one's. In a
+// cluster a block has one side, and a warp half of its pixels.
 constexpr int RING_W = 72, SIDE_W = 32, TAIL_W = RING_W - 2 * SIDE_W, LANDINGS = 5;
 constexpr int WARP_CHANNELS = CHANNELS / (PRODUCERS / 2 / 32);
 constexpr int LINE = SIDE_W * 4, SIDE = WARP_CHANNELS * LINE, TAIL_AT = 2 * SIDE;
 constexpr int LANDING = TAIL_AT + WARP_CHANNELS * TAIL_W * 4;
+constexpr int TAIL_UNIT_W = 4;  // so many of its pixels are converted at once, one a lane
 static_assert(LINE == 128, "a warp's copies fill all banks; what lies beside a line costs another");
 
 // Slots: transformed rows of fp16: t1, t2, t0, t3, for m1, m2, m0, m3. A pixel is a row of 64
@@ -132,9 +137,10 @@ struct Strip {
 };
 
 struct RingState {
-  // Stages: t1 and t2, t0, t3. Of a pair of warps, one in each warpgroup: m1 and m2 are handed
-  // over, and their places free again.
-  unsigned long long full[3], empty[3], handed[2][4], free[2][4];
+  // Stages: t1 and t2, t0, t3. In a cluster: half of the block's side is converted, and so may be
+  // copied. Of a pair of warps, one in each warpgroup: m1 and m2 are handed over, and their places
+  // free again.
+  unsigned long long full[3], empty[3], converted[3][2], handed[2][4], free[2][4];
   BadRows bad[ITEMS_UNDER_WAY];
   int scale, weights_bad, bad_runs;  // scale: the exponent that x is scaled by
   BadRun bad_run[MOST_BAD_RUNS];
@@ -144,9 +150,13 @@ struct RingState {
 
   // By one thread, before the block's first barrier.
   __device__ __forceinline__ void initialize() {
+    const int readers = cluster_blocks();  // all must have read before any is written again
     for (int i = 0; i < 3; ++i) {
       mbarrier_init(shared_address(&full[i]), PRODUCERS / 32);
-      mbarrier_init(shared_address(&empty[i]), (i == 0 ? CONSUMERS : GROUP) / 32);
+      mbarrier_init(shared_address(&empty[i]), readers * (i == 0 ? CONSUMERS : GROUP) / 32);
+      for (unsigned long long& half : converted[i]) {
+        mbarrier_init(shared_address(&half), PRODUCERS / 32 / 2);
+      }
     }
     for (int i = 0; i < 8; ++i) {
       mbarrier_init(shared_address(&handed[0][0] + i), 1);
@@ -194,48 +204,74 @@ struct Cursor {
 __device__ __forceinline__ int in_side(int depth, int pixel) {
   return depth * LINE + ((pixel / 8 ^ depth / 2 & 3) << 5) + pixel % 8 * 4;
 }
-// The same pixel, so many channels deeper: a multiple of 4, or any from channel 0 on.
-__device__ __forceinline__ int deeper(int place, int depth) {
-  return (place ^ (depth / 2 & 3) << 5) + depth * LINE;
-}
 __device__ __forceinline__ int in_tail(int depth, int pixel) {
   return TAIL_AT + (depth / 8 * 2 + depth % 2) * LINE + (depth / 2 & 3) * 32 + pixel * 4;
 }
+// From a place in_side to the same pixel's, so many channels deeper: a multiple of 4, or any from
+// channel 0 on.
+__device__ __forceinline__ int deeper(int place, int depth) {
+  return (place ^ (depth / 2 & 3) << 5) + depth * LINE;
+}
 
-// Starts the copies of a side or the tail of a row of a warp's channels, COPY_W pixels a lane;
-// zeros where the image ends. Of no bytes the address may be anywhere.
-template <int COPY_W, bool TAIL>
+// Starts the copies of PIXELS of a side, or of the tail, of a row of a warp's channels, COPY_W
+// pixels a lane; zeros where the image ends. Of no bytes the address may be anywhere.
+template <int COPY_W, int PIXELS>
 __device__ __forceinline__ void fetch_part(unsigned char* landing, int lane, int channel0,
-                                           int column0, const Cursor& at, const Conv& c) {
-  constexpr int LANES = (TAIL ? TAIL_W : SIDE_W) / COPY_W, STEP = 32 / LANES;  // of a channel
-  const int depth0 = lane / LANES, pixel = lane % LANES * COPY_W, plane = c.H * c.W;
+                                           int column0, int pixel0, const Cursor& at,
+                                           const Conv& c) {
+  constexpr bool IN_TAIL = PIXELS == TAIL_W, HALF = PIXELS == SIDE_W / 2;
+  constexpr int LANES = PIXELS / COPY_W, STEP = 32 / LANES;  // of a channel; channels at once
+  static_assert(IN_TAIL || HALF || PIXELS == SIDE_W, "what rows are copied by");
+  const int of = lane / LANES, pixel = pixel0 + lane % LANES * COPY_W, plane = c.H * c.W;
+  // Two channels' halves of a line, 4 channels apart, lie in different banks.
+  const int depth0 = HALF ? of % 2 * 4 + of / 2 : of;
   const int iw = at.iw + column0 + pixel;
   const bool inside = (unsigned)(at.ih + at.row) < (unsigned)c.H && iw >= 0 && iw < c.W;
   const int channels = inside ? c.C - channel0 - depth0 : 0;  // that there are, from the lane's on
   const float* from = at.first + at.row * c.W + (column0 + pixel) +
                       (long long)(channel0 + depth0) * plane;
   const int side_place = in_side(depth0, pixel);
+  // lanes of two channels that lie 4 apart go through 4, then from 8 on through the next
+  const auto depth_of = [](int i) { return HALF && STEP == 2 ? i % 4 + i / 4 * 8 : i * STEP; };
   #pragma unroll
-  for (int depth = 0; depth < WARP_CHANNELS; depth += STEP) {
+  for (int i = 0; i < WARP_CHANNELS / STEP; ++i) {
+    const int depth = depth_of(i);
     const int bytes = depth < channels ? COPY_W * 4 : 0;
-    const int place = TAIL ? in_tail(depth0 + depth, pixel) : deeper(side_place, depth);
+    const int place = IN_TAIL ? in_tail(depth0 + depth, pixel) : deeper(side_place, depth);
     float* const to = reinterpret_cast<float*>(landing + place);
     if (COPY_W == 4) {
       cp_async_16(to, from, bytes);
     } else {
       cp_async_4(to, from, bytes);
     }
-    from += (long long)STEP * plane;
+    from += (long long)(depth_of(i + 1) - depth) * plane;
   }
 }
 
+// What a warp of the producers has of each row: 16 channels of a side, and perhaps of the tail. Two
+// blocks of a cluster need the same rows, and have a side each, of which a warp has a half.
+struct Share {
+  int channel0, side, pixel0, tails;
+  int others;  // pixels that the other block brings
+  __device__ __forceinline__ Share(int warp, const Conv& c) {
+    const bool clustered = cluster_blocks() > 1;
+    channel0 = warp / 2 * WARP_CHANNELS;
+    side = clustered ? cluster_rank() : warp % 2;
+    pixel0 = clustered ? warp % 2 * (SIDE_W / 2) : 0;
+    const int pixels = (-c.pad_w & 3) + PRODUCT_W + S - 1 - 2 * SIDE_W;  // that products see
+    const int units = (pixels + TAIL_UNIT_W - 1) / TAIL_UNIT_W;
+    tails = side == 0 && pixel0 == 0 ? units : 0;
+    others = SIDE_W + (side == 0 ? 0 : units * TAIL_UNIT_W);
+  }
+};
+
 // A row: a group of copies. WIDE: rows of x start on 16 bytes.
-template <bool WIDE>
-__device__ __forceinline__ void fetch(unsigned char* landing, int lane, int channel0, int side,
+template <bool WIDE, int PIXELS>
+__device__ __forceinline__ void fetch(unsigned char* landing, int lane, const Share& of,
                                       const Cursor& at, const Conv& c) {
   constexpr int COPY_W = WIDE ? 4 : 1;
-  fetch_part<COPY_W, false>(landing, lane, channel0, side * SIDE_W, at, c);
-  if (side == 0) fetch_part<COPY_W, true>(landing, lane, channel0, 2 * SIDE_W, at, c);
+  fetch_part<COPY_W, PIXELS>(landing, lane, of.channel0, of.side * SIDE_W, of.pixel0, at, c);
+  if (of.tails) fetch_part<COPY_W, TAIL_W>(landing, lane, of.channel0, 2 * SIDE_W, 0, at, c);
   cp_async_commit();
 }
 """
@@ -251,7 +287,7 @@ __device__ __forceinline__ __half2 lo_of(float a, float b, __half2 hi) {
 }
 
 // What a lane has of a row: of 8 pixels two, of two channels. Loads of a warp meet no bank twice.
-constexpr int UNIT_W = 8, UNITS = SIDE_W / UNIT_W;
+constexpr int UNIT_W = 8;
 static_assert(UNIT_W / 2 * WARP_CHANNELS / 2 == 32, "a lane's pixels");
 struct Few {
   float2 channel[2];
@@ -268,13 +304,6 @@ __device__ __forceinline__ int few_at() {
   return in_side(lane / 4 * 2, lane % 4 * 2);
 }
 __device__ __forceinline__ int in_unit(int unit) { return unit * UNIT_W * 4; }
-
-// Of the tail, as many pixels as products see: 4 at a time, one a lane.
-constexpr int TAIL_UNIT_W = 4;
-__device__ __forceinline__ int tail_units(const Conv& c) {
-  const int pixels = (-c.pad_w & 3) + PRODUCT_W + S - 1 - 2 * SIDE_W;
-  return (pixels + TAIL_UNIT_W - 1) / TAIL_UNIT_W;
-}
 
 // A pixel of two rows, two channels, as halves to where the transformed rows have it: second -
 // first to `place`, and if BOTH second + first into the slot before it.
@@ -303,17 +332,19 @@ __device__ __forceinline__ void convert_pixel(const float (&first)[2], const flo
 // A warp's part of two rows of the input into a transformed row, second - first, and if BOTH
 // second + first into the slot before it. If LOOK, looks at what the second row brings. Two
 // channels of a pixel are one store; a side's stores meet no bank twice either.
-template <bool BOTH, bool LOOK>
+template <bool BOTH, bool LOOK, int PIXELS>
 __device__ __forceinline__ void convert(const unsigned char* first, const unsigned char* second,
-                                        unsigned char* slot, int channel0, int side, int tails,
-                                        int scale, HalfRuns& seen) {
+                                        unsigned char* slot, const Share& of, int scale,
+                                        HalfRuns& seen) {
+  constexpr int UNITS = PIXELS / UNIT_W;
   const float factor = power_of_two(scale - 1);  // a sum of two rows has their range
-  const int lane = thread_again() & 31, channel = channel0 + lane / 4 * 2;
+  const int lane = thread_again() & 31, channel = of.channel0 + lane / 4 * 2;
   // to the first pixel, an even one: so the swizzle only has to take the other one in
-  const int to = in_row(side * SIDE_W + lane % 4 * 2, channel / 8) + (channel & 7) * 2;
+  const int to = in_row(of.side * SIDE_W + of.pixel0 + lane % 4 * 2, channel / 8) +
+                 (channel & 7) * 2;
   unsigned char* const places[2] = {slot + to, slot + (to ^ PIXEL + 16)};
-  const int from = few_at();
-  #pragma unroll (BOTH ? 2 : 4)  // registers
+  const int from = few_at() ^ in_unit(of.pixel0 / UNIT_W);
+  #pragma unroll (BOTH ? UNITS / 2 : UNITS)  // registers
   for (int unit = 0; unit < UNITS; ++unit) {
     const int here = from ^ in_unit(unit);
     const Few one(first + here), two(second + here);
@@ -331,7 +362,7 @@ __device__ __forceinline__ void convert(const unsigned char* first, const unsign
     }
   }
   #pragma unroll 1
-  for (int unit = 0; unit < tails; ++unit) {
+  for (int unit = 0; unit < of.tails; ++unit) {
     const int pixel = unit * TAIL_UNIT_W + (thread_again() & 3);
     const int here = in_tail(lane / 4 * 2, pixel);
     const float a[2] = {*reinterpret_cast<const float*>(first + here),
@@ -348,15 +379,17 @@ __device__ __forceinline__ void convert(const unsigned char* first, const unsign
 }
 
 // Looks at a warp's part of a row that no pair before has brought.
-__device__ __forceinline__ void look_at(const unsigned char* row, int tails, HalfRuns& seen) {
+template <int PIXELS>
+__device__ __forceinline__ void look_at(const unsigned char* row, const Share& of,
+                                        HalfRuns& seen) {
   #pragma unroll 1
-  for (int unit = 0; unit < UNITS; ++unit) {
-    const Few few(row + (few_at() ^ in_unit(unit)));
+  for (int unit = 0; unit < PIXELS / UNIT_W; ++unit) {
+    const Few few(row + (few_at() ^ in_unit(of.pixel0 / UNIT_W + unit)));
     #pragma unroll
     for (const float2& two : few.channel) seen.look_at(larger_magnitude(two.x, two.y));
   }
   #pragma unroll 1
-  for (int unit = 0; unit < tails; ++unit) {
+  for (int unit = 0; unit < of.tails; ++unit) {
     const int lane = thread_again() & 31;
     const int here = in_tail(lane / 4 * 2, unit * TAIL_UNIT_W + lane % 4);
     #pragma unroll
@@ -367,14 +400,38 @@ __device__ __forceinline__ void look_at(const unsigned char* row, int tails, Hal
   }
 }
 
-template <bool WIDE>
-__device__ __forceinline__ void produce(const float* __restrict__ x, const Conv& c,
-                                        const Plan& plan, int blocks_k, unsigned char* shared,
-                                        RingState* state, int scale) {
-  const int warp = uniform((threadIdx.x - CONSUMERS) / 32), side = warp % 2;
-  const int channel0 = warp / 2 * WARP_CHANNELS, item_step = gridDim.x / blocks_k;
-  const int tails = side == 0 ? tail_units(c) : 0;
-  unsigned char* const landings = shared + warp / 2 * LANDINGS * LANDING + side * SIDE;
+// What a warp's half of the block's side is in a stage, to the same place in the cluster's other
+// block, whose barrier counts the bytes. A lane copies a slot's hi or lo half; the tail likewise.
+template <int STAGE>
+__device__ __forceinline__ void copy_to_other(unsigned char* shared, unsigned there,
+                                              RingState* state, const Share& of) {
+  constexpr int FIRST = STAGE == 0 ? 0 : STAGE + 1, OF_STAGE = STAGE == 0 ? 2 : 1;  // slots
+  constexpr int COPIES = 2 * OF_STAGE;
+  const int lane = thread_again() & 31;
+  const bool tail = lane >= COPIES;
+  if (lane >= (of.tails ? 2 : 1) * COPIES) return;
+  const int slot = FIRST + lane % OF_STAGE, lo = lane / OF_STAGE % 2;
+  const int pixel = tail ? 2 * SIDE_W : of.side * SIDE_W + of.pixel0;
+  const int pixels = tail ? of.tails * TAIL_UNIT_W : SIDE_W / 2;
+  const int at = SLOTS_AT + slot * SLOT + lo * LO_AT + pixel * PIXEL;
+  const unsigned here = shared_address(shared);
+  cluster_copy(there + at, here + at, pixels * PIXEL,
+               there + (shared_address(&state->full[STAGE]) - here));
+}
+
+template <int i>
+using Stage = std::integral_constant<int, i>;
+
+// A warp's share of all rows: PIXELS of a side.
+template <bool WIDE, int PIXELS>
+__device__ __forceinline__ void produce_share(const float* __restrict__ x, const Conv& c,
+                                              const Plan& plan, int blocks_k,
+                                              unsigned char* shared, RingState* state, int scale) {
+  constexpr bool CLUSTERED = PIXELS < SIDE_W;
+  const int warp = uniform((threadIdx.x - CONSUMERS) / 32), item_step = gridDim.x / blocks_k;
+  const Share of(warp, c);
+  unsigned char* const landings = shared + warp / 2 * LANDINGS * LANDING + of.side * SIDE;
+  const unsigned there = CLUSTERED ? map_shared(shared_address(shared), 1 - cluster_rank()) : 0;
   Cursor now, ahead;
   now.enter(blockIdx.x / blocks_k, x, plan, c);
   ahead = now;
@@ -387,7 +444,7 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
         cp_async_commit();  // of nothing, so that groups are rows
         continue;
       }
-      fetch<WIDE>(landings + fetched % LANDINGS * LANDING, lane, channel0, side, ahead, c);
+      fetch<WIDE, PIXELS>(landings + fetched % LANDINGS * LANDING, lane, of, ahead, c);
       if (++ahead.row == ahead.rows) ahead.enter(ahead.item + item_step, x, plan, c);
     }
   };
@@ -397,45 +454,83 @@ __device__ __forceinline__ void produce(const float* __restrict__ x, const Conv&
     mbarrier_wait_napping(shared_address(&state->empty[stage]), pairs & 1);
   };
   // a stage is full; and whether fp16 holds what was seen of the pair's rows
-  const auto pass_on = [&](int stage, const HalfRuns& seen) {
+  const auto pass_on = [&](auto stage, const HalfRuns& seen) {
+    constexpr int STAGE = decltype(stage)::value;
     if (!HalfRange(scale).holds(seen)) {
-      BadRows& bad = state->bad[under_way(now.item, blocks_k)];
-      atomicMin(&bad.first, now.row);
-      atomicMax(&bad.last, now.row + 3);
+      BadRows* const bad = &state->bad[under_way(now.item, blocks_k)];
+      atomicMin(&bad->first, now.row);
+      atomicMax(&bad->last, now.row + 3);
+      if (CLUSTERED) {
+        const unsigned first = there + (shared_address(bad) - shared_address(shared));
+        cluster_min(first, now.row);
+        cluster_max(first + 4, now.row + 3);
+        __threadfence();  // the other block reads them once the stage's copies are there
+      }
     }
+    const unsigned full = shared_address(&state->full[STAGE]);
+    const unsigned converted = shared_address(&state->converted[STAGE][warp % 2]);
     fence_async_proxy();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state->full[stage]));
+    if (threadIdx.x % 32 == 0) {
+      if (CLUSTERED && warp == 0) {
+        constexpr int ROWS = STAGE == 0 ? 4 : 2;  // of fp16
+        mbarrier_arrive_expect(full, ROWS * of.others * PIXEL);
+      } else {
+        mbarrier_arrive(full);
+      }
+      if (CLUSTERED) mbarrier_arrive(converted);
+    }
+    if (CLUSTERED && of.channel0 == 0) {
+      mbarrier_wait_napping(converted, pairs & 1);
+      copy_to_other<STAGE>(shared, there, state, of);
+      __syncwarp();
+    }
   };
   fetch_rows(LANDINGS);
   #pragma unroll 1
   for (; now.item < plan.items; ++pairs) {
     const bool last = now.row + 4 == now.rows;
     HalfRuns seen;
+    const auto convert_into = [&](auto both, auto look, int slot, int first, int second) {
+      convert<both, look, PIXELS>(row(first), row(second), slots + slot * SLOT, of, scale, seen);
+    };
+    using Yes = std::true_type;
+    using No = std::false_type;
     cp_async_wait<LANDINGS - 3>();  // until the pair's third row is there
     __syncwarp();
     if (now.row == 0) {
-      look_at(row(0), tails, seen);
-      look_at(row(1), tails, seen);
+      look_at<PIXELS>(row(0), of, seen);
+      look_at<PIXELS>(row(1), of, seen);
     }
     until_empty(0);
-    convert<true, true>(row(1), row(2), slots + SLOT, channel0, side, tails, scale, seen);
-    pass_on(0, seen);
+    convert_into(Yes(), Yes(), 1, 1, 2);
+    pass_on(Stage<0>(), seen);
     until_empty(1);
-    convert<false, false>(row(2), row(0), slots + 2 * SLOT, channel0, side, tails, scale, seen);
-    pass_on(1, HalfRuns());
+    convert_into(No(), No(), 2, 2, 0);
+    pass_on(Stage<1>(), HalfRuns());
     cp_async_wait<LANDINGS - 4>();  // and the fourth
     __syncwarp();
     until_empty(2);
     seen = HalfRuns();
-    convert<false, true>(row(1), row(3), slots + 3 * SLOT, channel0, side, tails, scale, seen);
-    pass_on(2, seen);
+    convert_into(No(), Yes(), 3, 1, 3);
+    pass_on(Stage<2>(), seen);
     fetch_rows(last ? 4 : 2);  // over rows that no pair needs any more
     landed += last ? 4 : 2;
     now.row += 2;
     if (last) now.enter(now.item + item_step, x, plan, c);
   }
   cp_async_wait<0>();
+}
+
+template <bool WIDE>
+__device__ __forceinline__ void produce(const float* __restrict__ x, const Conv& c,
+                                        const Plan& plan, int blocks_k, unsigned char* shared,
+                                        RingState* state, int scale) {
+  if (cluster_blocks() > 1) {
+    produce_share<WIDE, SIDE_W / 2>(x, c, plan, blocks_k, shared, state, scale);
+  } else {
+    produce_share<WIDE, SIDE_W>(x, c, plan, blocks_k, shared, state, scale);
+  }
 }
 """
 
@@ -532,9 +627,23 @@ __device__ __forceinline__ bool load_weights(Weights& a, const float* __restrict
 CONSUME = r"""
 // Which of a warpgroup's warps, and the first of the two filters of which a thread has sums; the
 // other is 8 further. Worked out anew each time, see thread_again.
-__device__ __forceinline__ int warp_again() { return thread_again() / 32 % 4; }
+__device__ __forceinline__ unsigned lane_again() { return thread_again() & 31; }
+__device__ __forceinline__ unsigned warp_again() { return thread_again() >> 5 & 3; }
 __device__ __forceinline__ int filter_again() {
-  return warp_again() * 16 + thread_again() % 32 / 4;
+  return warp_again() * 16 + lane_again() / 4;
+}
+
+// For a whole warp: it has read a stage, which all blocks of a cluster wait for. To arrive there is
+// no release for the cluster: that would wait for all of the warp's outputs to be stored, and what
+// it orders are products' reads, which are done.
+__device__ __forceinline__ void stage_is_read(unsigned long long* barrier) {
+  __syncwarp();
+  if (lane_again() == 0) {
+    if (cluster_blocks() > 1) {
+      cluster_mbarrier_arrive(map_shared(shared_address(barrier), 1 - cluster_rank()));
+    }
+    mbarrier_arrive(shared_address(barrier));
+  }
 }
 
 // Starts 64 filters by 64 columns of one m: a transformed row, its slot, by the `t`th of the
@@ -542,7 +651,7 @@ __device__ __forceinline__ int filter_again() {
 // and what tensor cores cut off when they add is small against the end result.
 template <int group, int t>
 __device__ __forceinline__ void multiply(Sums& sum, const Weights& a, unsigned char* shared,
-                                         State* state, const Conv& c) {
+                                         const Conv& c) {
   const auto pixel_rows = [&] {
     const int slot = 2 * t + group, pixel0 = (unsigned)-c.pad_w & 3;
     return swizzled_rows(uniform(shared_address(shared) + SLOTS_AT + slot * SLOT + pixel0 * PIXEL));
@@ -649,7 +758,7 @@ __device__ __forceinline__ void store(Sums& sum, const Out& out) {
   const int skip = -(int)((unsigned long long)row >> 2) & 7;  // to a sector; the same 8 filters on
   #pragma unroll
   for (int eight = 0; eight < 2; ++eight) {
-    const int quad = thread_again() % 4, end = mine + 8 * eight < out.filters ? out.columns : 0;
+    const int quad = thread_again() & 3, end = mine + 8 * eight < out.filters ? out.columns : 0;
     const int column = skip + 2 * quad, room = end - column;
     const bool odd = !EVEN && (skip & 1);
     // the lanes that have a lane's columns are so many further on, and may wrap
@@ -696,12 +805,12 @@ __device__ __forceinline__ void work(const Weights& a, const float* __restrict__
                                      const float* __restrict__ w, float* __restrict__ y,
                                      const Conv& c, const Plan& plan, int blocks_k,
                                      unsigned char* shared, State* first_state) {
-  const auto strip_again = [&]() -> Strip& { return first_state->strip[thread_again() / 32]; };
+  const auto strip_again = [&]() -> Strip& { return first_state->strip[thread_again() >> 5]; };
   #pragma unroll 1
   for (int item = blockIdx.x / blocks_k; item < plan.items;
        item = strip_again().item + gridDim.x / blocks_k) {
     __syncwarp();  // all have read the item before
-    if (thread_again() % 32 == 0) {
+    if (lane_again() == 0) {
       const Item at = item_at(item, plan, c);
       const int k0 = opaque(blockIdx.x) % blocks_k * BLOCK_K;
       Strip& strip = strip_again();
@@ -714,9 +823,10 @@ __device__ __forceinline__ void work(const Weights& a, const float* __restrict__
       // not to be computed once and for all
       unsigned char* const here = shared + opaque(0);
       State* const state = reinterpret_cast<State*>(here + STATE_AT);
-      Strip& strip = state->strip[thread_again() / 32];
+      Strip& strip = state->strip[thread_again() >> 5];
       const auto place = [&](int of) {
-        return reinterpret_cast<float4*>(here + PLACES_AT + of * PLACE) + thread_again() % GROUP;
+        float4* const first = reinterpret_cast<float4*>(here + PLACES_AT + of * PLACE);
+        return first + (thread_again() & GROUP - 1);
       };
       const auto wait = [&](unsigned long long* barrier, int parity) {
         mbarrier_wait_napping(shared_address(barrier), parity);
@@ -725,21 +835,21 @@ __device__ __forceinline__ void work(const Weights& a, const float* __restrict__
       if (strip.row >= strip.rows) break;
       Sums sum;
       wait(&state->full[0], strip.pairs & 1);
-      multiply<group, 0>(sum, a, here, state, c);
+      multiply<group, 0>(sum, a, here, c);
       const Finish of(state);
       wgmma_wait<0>();
-      warp_arrives(&state->empty[0]);
+      stage_is_read(&state->empty[0]);
       const int parity = strip.pairs & 1;  // read before what is handed over is written
       wait(&state->free[group][warp_again()], parity);
       hand_over<group>(sum, of, place(group));
       warp_arrives(&state->handed[group][warp_again()]);
 
       wait(&state->full[1 + group], parity);
-      multiply<group, 1>(sum, a, here, state, c);
+      multiply<group, 1>(sum, a, here, c);
       wait(&state->handed[1 - group][warp_again()], strip.pairs & 1);
       take_over<group>(sum, state, place(0), place(1), [&] {
         wgmma_wait<0>();
-        warp_arrives(&state->empty[1 + group]);
+        stage_is_read(&state->empty[1 + group]);
       });
       warp_arrives(&state->free[1 - group][warp_again()]);
       const int row = strip.row + group;
@@ -749,7 +859,7 @@ __device__ __forceinline__ void work(const Weights& a, const float* __restrict__
                           strip.filters, strip.columns, strip.columns == width, false});
       }
       __syncwarp();
-      if (thread_again() % 32 == 0) {
+      if (lane_again() == 0) {
         strip.row += 2;
         ++strip.pairs;
       }
@@ -772,8 +882,8 @@ __device__ __forceinline__ void consume(const float* __restrict__ x, const float
   }
   fence_async_proxy();  // wgmma sees the tiles
   named_barrier<CONSUMERS>(2);
-  warp_arrives(&state->empty[0]);  // of weights
-  warp_arrives(&state->empty[1 + group]);
+  stage_is_read(&state->empty[0]);  // of weights
+  stage_is_read(&state->empty[1 + group]);
   warp_arrives(&state->free[1 - group][warp]);
   if (group == 0) {
     work<0, EVEN>(a, x, w, y, c, plan, blocks_k, shared, state);
@@ -788,13 +898,14 @@ SOURCE = (
     + MMA
     + HOPPER
     + NAP
+    + CLUSTER
     + BULK
     + CP_ASYNC
     + wgmma_f16(64)
     + wgmma_f16_ra(64)
     + INCLUDES
     + LAYOUT
-    + bad_rows(most_runs=24)  # shared memory is full
+    + bad_rows(most_runs=22)  # shared memory is full
     + STATE
     + plan(most_rows=128)
     + PRODUCE
@@ -805,7 +916,7 @@ SOURCE = (
     + OUT_ROW
     + redo("CONSUMERS", settled="  named_barrier<CONSUMERS>(1);  // all rows are stored\n")
     + CONSUME
-    + hopper_kernel()
+    + hopper_kernel(clustered=True)
 )
 
 

@@ -219,8 +219,8 @@ __device__ __forceinline__ unsigned long long swizzled_rows(unsigned address) {
 """
 
 NAP = r"""
-// The same, mbarrier.try_wait, with a nap between tries (PTX ISA 9.7.20.2, nanosleep; at most twice
-// as long): a warp that waits takes less of others' issue slots, and less power.
+// mbarrier_wait with a nap between tries (PTX ISA 9.7.20.2, nanosleep; at most twice as long): who
+// waits takes less of others' issue slots, and less power.
 #ifdef __CUDACC__
 __device__ __forceinline__ void mbarrier_wait_napping(unsigned barrier, unsigned parity) {
   asm volatile("{ .reg .pred done;\n"
@@ -353,6 +353,95 @@ __device__ __forceinline__ void bulk_store_evict_first(void* global, unsigned sh
   emu::bulk_store(global, shared, bytes);
 #endif
 }
+"""
+
+CLUSTER = r"""
+// ---- sm_90: clusters, blocks that run together and see each other's shared memory.
+__device__ __forceinline__ int cluster_blocks() {  // PTX ISA 10, %cluster_nctarank
+#ifdef __CUDACC__
+  int blocks;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(blocks));
+  return blocks;
+#else
+  return emu::cluster_blocks();
+#endif
+}
+__device__ __forceinline__ int cluster_rank() {  // of this block, PTX ISA 10, %cluster_ctarank
+#ifdef __CUDACC__
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return rank;
+#else
+  return emu::cluster_rank;
+#endif
+}
+
+// PTX ISA 9.7.9.22, mapa: the same place in another block of the cluster.
+__device__ __forceinline__ unsigned map_shared(unsigned address, int rank) {
+#ifdef __CUDACC__
+  unsigned there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+#else
+  return emu::map_shared(address, rank);
+#endif
+}
+
+// PTX ISA 9.7.9.25.4.1, cp.async.bulk: from this block's shared memory to another's, as map_shared
+// gives it; its bytes count at a barrier there. Multiples of 16 bytes.
+__device__ __forceinline__ void cluster_copy(unsigned there, unsigned shared, int bytes,
+                                             unsigned barrier_there) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+               "[%0], [%1], %2, [%3];\n" ::"r"(there),
+               "r"(shared), "r"(bytes), "r"(barrier_there)
+               : "memory");
+#else
+  emu::cluster_copy(there, shared, bytes, barrier_there);
+#endif
+}
+
+// PTX ISA 9.7.13.6, red: a word of another block's shared memory, as map_shared gives it.
+__device__ __forceinline__ void cluster_min(unsigned address, int value) {
+#ifdef __CUDACC__
+  asm volatile("red.relaxed.cluster.shared::cluster.min.s32 [%0], %1;\n" ::"r"(address),
+               "r"(value)
+               : "memory");
+#else
+  emu::cluster_atomic(address, [&](int old) { return value < old ? value : old; });
+#endif
+}
+__device__ __forceinline__ void cluster_max(unsigned address, int value) {
+#ifdef __CUDACC__
+  asm volatile("red.relaxed.cluster.shared::cluster.max.s32 [%0], %1;\n" ::"r"(address),
+               "r"(value)
+               : "memory");
+#else
+  emu::cluster_atomic(address, [&](int old) { return value > old ? value : old; });
+#endif
+}
+
+// PTX ISA 9.7.13.15.13, mbarrier.arrive at another block's barrier, as map_shared gives it. It
+// orders what this thread did within its own block only.
+__device__ __forceinline__ void cluster_mbarrier_arrive(unsigned barrier) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+#else
+  emu::mbarrier_arrive(barrier, 1);
+#endif
+}
+
+// PTX ISA 9.7.13.3, barrier.cluster: for all threads of the cluster.
+#ifdef __CUDACC__
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release;\n"
+               "barrier.cluster.wait.acquire;\n" ::: "memory");
+}
+#else
+__device__ __forceinline__ void cluster_barrier(int line = __builtin_LINE()) {
+  emu::cluster_barrier(line);
+}
+#endif
 """
 
 CLOCK = r"""
