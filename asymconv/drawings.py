@@ -134,6 +134,63 @@ def ring(slots: int = 4, taps: int = 3, steps: int = 4) -> Figure:
     return figure
 
 
+def cluster(side: int = 32, tail: int = 8) -> Figure:
+    """How two blocks of a cluster share the conversion of a row: a side each, and copies.
+
+    Args:
+        side: pixels of a side of the strip.
+        tail: pixels right of both sides, which come with the left one.
+    """
+    unit = 3.0
+    with style():
+        figure, axes = canvas(
+            196,
+            "Each block converts a side of the row; the copy engine brings the other one",
+            f"A row of a strip's input, {2 * side + tail} pixels of 64 channels, on its way to "
+            "the products of 128 filters.",
+            [
+                "global: fp32; slots: transformed rows as halves, in shared memory",
+                "what is right of both sides goes with the left one",
+            ],
+        )
+        left, high = 62.0, 24.0
+        blocks = [(left, INPUT, "block 0: filters 0 to 63"), (368.0, OUTPUT, "block 1: 64 to 127")]
+        widths = {"left": side * unit, "right": side * unit, "tail": tail * unit}
+        row, slot = 142.0, 30.0
+        for index, (x, _, name) in enumerate(blocks):
+            _write(axes, x, row + high + 10, name, fontsize=10)
+            at = x
+            for part, width in widths.items():
+                owner = int(part == "right")
+                mine = owner == index
+                face = blocks[owner][1]
+                _box(axes, at, slot, width, high, face)
+                what = {"left": "left", "right": "right", "tail": ""}[part]
+                _write(axes, at + width / 2, slot + 8, what, ha="center")
+                if mine:
+                    _box(axes, at, row, width, high, face)
+                    _write(axes, at + width / 2, row + 8, what, ha="center")
+                    down = {"arrowstyle": "->", "color": SOFT, "linewidth": 1.2}
+                    points = (at + width / 2, row - 2), (at + width / 2, slot + high + 2)
+                    axes.add_patch(ConnectionPatch(*points, "data", **down))
+                at += width
+            middle = x + widths["left"] + (-20 if index else side * unit / 2)
+            _write(axes, middle, 104, "fetched and converted", color=SOFT, ha="center")
+        _write(axes, 14, row + 8, "global", color=SOFT)
+        _write(axes, 14, slot + 8, "slots", color=SOFT)
+        copied = {"arrowstyle": "->", "color": WINDOW, "linewidth": 1.4}
+        ends = (
+            ((left + widths["left"], slot + high + 1), (blocks[1][0] + 20, slot + high + 1), -0.22),
+            ((blocks[1][0] + widths["left"] + 20, slot - 1),
+             (left + widths["left"] + 60, slot - 1), -0.12),
+        )  # fmt: skip
+        for begin, end, bend in ends:
+            curve = f"arc3,rad={bend}"
+            axes.add_patch(ConnectionPatch(begin, end, "data", connectionstyle=curve, **copied))
+        _write(axes, 318, slot + high + 31, "copied", color=WINDOW, ha="center")
+    return figure
+
+
 def shifted_window(pixels: int = 12, columns: int = 8, taps: int = 3) -> Figure:
     """One row of the ring, and the windows that the taps of a kernel row multiply.
 

@@ -151,9 +151,11 @@ def test_k07s_docstring_gives_the_records_numbers() -> None:
 def test_k08s_docstring_gives_the_records_numbers() -> None:
     found, ladder = record.load(ablations.RECORD), record.load()
     text = " ".join(k08_hopper_split.__doc__.split())
-    long = {f"{ms:.1f}" for ms in (found[f"k08{ablations.LONG}"].median, ladder["k08"].median)}
-    assert len(long) == 1
-    assert f"{found['k08'].median:.1f} ms for a few calls, {long.pop()} in a series" in text
+    again = record.load(record.DATA_FOLDER / "ladder_again.json")
+    series = [found[f"k08{ablations.LONG}"], ladder["k08"], again["k08"]]
+    long = [f"{of.median:.1f}" for of in series]
+    words = f"for a few calls, {min(long)} to {max(long)} in a series"
+    assert f"{found['k08'].median:.1f} ms {words}" in text
     assert f"Error {ladder['k08'].error:.1e}: less than fp32's own".replace("e-0", "e-") in text
     assert ladder["k08"].error < ladder["nn.Conv2d, strict fp32"].error
 

@@ -103,12 +103,13 @@ def words_of_00_to_07() -> dict[str, str]:
     dram_gb = (counters["dram_read_bytes"] + counters["dram_write_bytes"]) / 1e9
     written = profiler.load()["k08"]["dram_write_bytes"] / 1e9
     output = 4 * ladder.shape.outputs / 1e9
-    assert abs(written / output - 1) <= 0.005
+    assert 0 <= written / output - 1 <= 0.03
     faster = theirs / ours
     assert ours <= 1.3
     assert k08 <= 2.8
     assert faster >= 3.2
     again = record.load(record.DATA_FOLDER / AGAIN)
+    assert again["k08"].median <= 2.8
     later, later_faster = again["k07"].median, again["nn.Conv2d"].median / again["k07"].median
     assert abs(later / ours - 1) <= 0.01, "k07 is steady"
     first, second = (datetime.strptime(of.made["date"], "%Y-%m-%d %H:%M UTC")
@@ -137,7 +138,7 @@ def words_of_00_to_07() -> dict[str, str]:
         f"{part:.2f} ms become {whole:.2f}": "06_hopper",
         f"{ours:.2f} ms, {ours / floor:.2f} times the memory's own time": "06_hopper",
         f"{faster:.2f} times nn.Conv2d's speed": "06_hopper",
-        f"on that card, {minutes} minutes apart": "06_hopper",
+        f"measured twice, {minutes} minutes apart": "06_hopper",
         f"k07 takes {later:.2f} ms there too, {later_faster:.2f} times": "06_hopper",
         f"k08 moves by {moves[0]} % and `cudnn.benchmark` by {moves[1]}, all other rungs and peers "
         "by less than 1": "06_hopper",
@@ -180,7 +181,7 @@ def words_of_changes() -> list[str]:
         return ms(f"{name}, no clock")
 
     tried = [a.name for a in ablations.ABLATIONS if a.group == "tried"]
-    assert span(tried) == {"1.25"}
+    assert all(abs(found[n].median / found["k07"].median - 1) <= 0.01 for n in tried)
     steady = [n for n in tried if n not in ("one row ahead", "no turns")]
     assert all(found[n + warm].median / found[n].median - 1 <= 0.01 for n in (*steady, "k07"))
     watts, mhz = drawn("k07")
@@ -192,7 +193,7 @@ def words_of_changes() -> list[str]:
 
     unclocked = [found[f"{n}no clock"].median for n in ("neither loads nor stores, ", "")]
     assert abs(unclocked[0] / unclocked[1] - 2 / 3) <= 0.05  # "in two thirds of the time"
-    assert found[turns + long].median >= found["no turns" + long].median  # "no less than without"
+    assert found[turns + long].median >= 1.05 * found["k07" + long].median  # "the better part"
 
     return [
         f"Without products k07 takes {ms('no products')} ms, as with them",
@@ -331,7 +332,8 @@ def words_of_08_and_09() -> dict[str, str]:
         f"k02 gains {-sectors['k02']:.0f} % at 1024": "08_asymmetry",
         f"at 724×724 k05 takes {at_724['k05']:.0f} % more and channels_last, converting, "
         f"{-at_724['channels_last, converting']:.0f} % less": "08_asymmetry",
-        f"k08 takes {at_724['k08']:.0f} %, where its strips say {by_64:.0f}": "08_asymmetry",
+        f"k08 takes {-at_724['k08']:.0f} % less, where its strips say {by_64:.0f} "
+        "more": "08_asymmetry",
         f"is faster there by {-more('aspect', 'k08', '8192×64')[0]:.0f} %": "08_asymmetry",
         f"k06 wants {more('batch', 'k06', '1')[0]:.0f} % more for one": "08_asymmetry",
         f"it would take {share:.0f} µs, not {took:.0f}": "08_asymmetry",

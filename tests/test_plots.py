@@ -301,8 +301,19 @@ def test_rows_start_where_the_shape_says() -> None:
     assert "7 in 8 rows of 4092 bytes" in odd
 
 
+def test_each_block_of_a_cluster_gets_both_sides() -> None:
+    text = plots.svg(drawings.cluster(side=32, tail=8))
+    for side in ("left", "right"):  # once from global memory, and in both blocks' slots
+        assert text.count(f">{side}<") == 3
+    assert text.count(">fetched and converted<") == 2
+    assert "72 pixels of 64 channels" in text
+
+
 def test_the_drawings_say_what_they_show_in_a_line() -> None:
-    for drawn in (drawings.ring(), drawings.shifted_window(), drawings.row_starts(CONTRACT)):
+    for drawn in (
+        *(drawings.ring(), drawings.cluster(), drawings.shifted_window()),
+        drawings.row_starts(CONTRACT),
+    ):
         subtitles = [t for t in drawn.texts if t.get_fontsize() == plots.TEXT_SIZE]
         assert len(subtitles) == 1
 

@@ -43,8 +43,8 @@ power slows the card: 1.25 ms in ladders, 1.26 after seconds of calls. (That was
 end when products are issued. Those change nothing: both warpgroups' products then mix, we think.)
 
 Measured (notebook 06, ablations.json): 1.25 ms from rest and in the ladder; the memory floor is
-1.13. After two seconds of calls, at the card's limit of power, 1.27. Without turns 1.25 and 1.34,
-without the clock 1.33 and 1.32.
+1.13. After two seconds of calls, at the card's limit of power, 1.25. Without turns 1.25 and 1.39,
+without the clock 1.33 and 1.33.
 """
 
 from asymconv.kernels.half_range import HALF_RANGE

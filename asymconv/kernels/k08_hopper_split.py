@@ -46,8 +46,8 @@ cores never wait. Shared memory moves 776 KB meanwhile, 6,060 cycles: 1.8 ms. Wi
 other's way 2.1 to 2.4 ms. Error: a third more than direct sums (4.7e-7 by a model that cuts off),
 but chains of 12 large products in place of 18: 4e-7 to 6e-7. Today's 64 columns are 32 cycles.
 
-Measured (notebook 07): 2.4 ms for a few calls, 2.8 in a series, where the card's power limits it.
-Error 2.8e-7: less than fp32's own, as chains are short.
+Measured (notebook 07): 2.3 ms for a few calls, 2.6 to 2.7 in a series, where the card's power
+limits it. Error 2.6e-7: less than fp32's own, as chains are short.
 
 What was tried before: direct sums, the channels of each product split between two warpgroups. A
 call took 3.0 ms, in a series 3.35; three fp16 products at cuBLAS' own rate take 2.8 there. So
