@@ -128,6 +128,8 @@ def words_of_00_to_07() -> dict[str, str]:
     wide = [100 * (tiles[w, h] / tiles[h, w] - 1) for h, w in ((8, 32), (16, 32))]
     behind = 100 * (tiles[8, 32] / min(tiles.values()) - 1)
     tf32 = ladder.shape.flops / ladder["matmul tf32"].tflops / 1e9
+    threes = [3 * predictions.floor_ms(of.shape.flops, of["matmul fp16"]) for of in (ladder, again)]
+    direct = f"{min(threes):.1f} to {max(threes):.1f} ms"
     return {
         f"PyTorch's default needs {theirs / floor:.1f} times what the memory needs": "00_problem",
         f"at {strict / theirs:.1f} times the time": "00_problem",
@@ -151,6 +153,8 @@ def words_of_00_to_07() -> dict[str, str]:
         f"takes {strict:.1f} ms in place of {theirs:.1f}": "07_precision",
         f"{strict / k08:.1f} times as fast as its strict fp32": "07_precision",
         f"It takes {k08:.2f}.": "07_precision",
+        f"it differs from run to run, {direct} in our records": "07_precision",
+        f"Three for one take {direct} at the rate that cuBLAS keeps up": "07_precision",
         f"k08 takes {k08:.2f} in this run": "07_precision",
         f"By pairs they take {pairs:.0f} % more than the contract's": "07_precision",
         f"{written:.3f} GB written (counters.json), the output is {output:.3f}": "07_precision",
