@@ -110,6 +110,8 @@ def words_of_00_to_07() -> dict[str, str]:
     assert faster >= 3.2
     again = record.load(record.DATA_FOLDER / AGAIN)
     assert again["k08"].median <= 2.8
+    errors = [of["k07"].error / of["nn.Conv2d"].error for of in (ladder, again)]
+    assert all(abs(ratio - 1) <= 0.003 for ratio in errors), "k07 errs like cuDNN"
     later, later_faster = again["k07"].median, again["nn.Conv2d"].median / again["k07"].median
     assert abs(later / ours - 1) <= 0.01, "k07 is steady"
     first, second = (datetime.strptime(of.made["date"], "%Y-%m-%d %H:%M UTC")
