@@ -1048,6 +1048,13 @@ __global__ void alone(const float* x, float* y) {
 }
 LAUNCH_CLUSTERS(alone)
 
+__global__ void many_stacks(const float* x, float* y) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  cluster_barrier();
+  y[i] = x[i] + 1.0f;
+}
+LAUNCH_CLUSTERS(many_stacks)
+
 __global__ void one_leaves(const float* x, float* y) {
   if (cluster_rank() == 0) cluster_barrier();  // @left_alone
 }
@@ -1405,6 +1412,15 @@ def test_many_errors_leave_no_memory_behind(programs):
         with pytest.raises(cpu.EmulationError):
             run(program, "two_barriers")
     assert mappings() <= before + 10
+
+
+def test_stacks_are_given_back(programs):
+    """A process may have 65,530 mappings, for all libraries together; a stack is two of them."""
+    mappings = Path("/proc/self/maps")
+    before = len(mappings.read_text().splitlines())
+    y = run(programs(CLUSTER_CHECKED, False), "many_stacks", extra=in_clusters(grid=2, block=512))
+    assert torch.equal(y[:1024], torch.arange(1024.0) + 1)
+    assert len(mappings.read_text().splitlines()) <= before + 2 * 256 + 100
 
 
 def test_large_local_arrays_fit(programs):

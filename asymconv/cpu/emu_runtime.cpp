@@ -169,6 +169,20 @@ void reset_fibers() {
   }
 }
 
+// Once no thread runs: gives back all but some. Each is two mappings, of which a process has 65,530
+// (vm.max_map_count) for all of its libraries, and holds the pages that it has touched.
+void trim_fibers() {
+  constexpr std::size_t kKept = 256;
+  if (all_fibers.size() <= kKept) return;
+  while (all_fibers.size() > kKept) {
+    Fiber* f = all_fibers.back();
+    munmap(f->stack - page_size, page_size + kStackBytes);
+    delete f;
+    all_fibers.pop_back();
+  }
+  reset_fibers();
+}
+
 void enter(Fiber* next, void** save) {
   fiber = next;
   emu_switch(save, next->stack_pointer);
@@ -713,11 +727,13 @@ void launch(const LaunchConfig& config, void (*body)(const void*), const void* a
         if (call.failed) {
           last_error = cudaErrorLaunchFailure;
           reset_fibers();
+          trim_fibers();
           return;
         }
       }
     }
   }
+  trim_fibers();
 }
 
 cudaError_t set_dynamic_shared_limit(const void* kernel, int bytes) {
