@@ -1420,7 +1420,7 @@ def test_stacks_are_given_back(programs):
     before = len(mappings.read_text().splitlines())
     y = run(programs(CLUSTER_CHECKED, False), "many_stacks", extra=in_clusters(grid=2, block=512))
     assert torch.equal(y[:1024], torch.arange(1024.0) + 1)
-    assert len(mappings.read_text().splitlines()) <= before + 2 * 256 + 100
+    assert len(mappings.read_text().splitlines()) <= before + 2 * 64 + 100
 
 
 def test_large_local_arrays_fit(programs):

@@ -172,7 +172,7 @@ void reset_fibers() {
 // Once no thread runs: gives back all but some. Each is two mappings, of which a process has 65,530
 // (vm.max_map_count) for all of its libraries, and holds the pages that it has touched.
 void trim_fibers() {
-  constexpr std::size_t kKept = 256;
+  constexpr std::size_t kKept = 64;
   if (all_fibers.size() <= kKept) return;
   while (all_fibers.size() > kKept) {
     Fiber* f = all_fibers.back();
