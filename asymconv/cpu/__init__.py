@@ -4,8 +4,7 @@ The same text that nvcc compiles is translated as little as g++ needs (`translat
 shared library (`runtime_command`, `write_sources`, `commands`) and run (`Program`): one block or
 cluster at a time, every CUDA thread on a stack of its own, with barriers, warp shuffles, shared
 memory, cp.async, ldmatrix and mma.sync; and of Hopper mbarriers, named barriers, wgmma and bulk
-copies.
-Tensor maps and clusters of more than two blocks are not there.
+copies. Tensor maps and clusters of more than two blocks are not there.
 
 - Shared memory holds NaN when a block begins. A barrier that not all threads reach, and every other
   fault, is an `EmulationError` that names kernel and block; the process and the library live on.

@@ -305,14 +305,16 @@ __global__ void __maxnreg__(LAUNCH_REGISTERS)
   if (threadIdx.x == 0) state->scale = scale;
   fence_async_proxy();  // the samples' place is written by copies next
   __syncthreads();
-TOGETHER  if (threadIdx.x < CONSUMERS) {
+TOGETHER
+  if (threadIdx.x < CONSUMERS) {
     registers_up_to<CONSUMER_REGISTERS>();
     consume<EVEN>(x, w, bias, y, c, plan, blocks_k, shared, state, scale);
   } else {
     registers_down_to<PRODUCER_REGISTERS>();
     produce<WIDE>(x, c, plan, blocks_k, shared, state, scale);
   }
-TOGETHER}
+TOGETHER
+}
 
 // On a device's own number of multiprocessors: a block has one for itself.
 extern "C" int asymconv_launch(const float* x, const float* w, const float* bias, float* y,
@@ -334,7 +336,8 @@ extern "C" int asymconv_launch(const float* x, const float* w, const float* bias
   const int at_once = max(1, multiprocessors / blocks_k);
   const Plan plan = PLANNED;
   const int blocks = blocks_k * min(plan.items, at_once);
-LAUNCH  return (int)cudaGetLastError();
+LAUNCHED
+  return (int)cudaGetLastError();
 }
 """
 
@@ -378,8 +381,9 @@ def hopper_kernel(planned: str = "plan_for(*c, at_once)", *, clustered: bool = F
         clustered: blocks of the same strip are clusters of two, if their number is even.
     """
     together = "  if (cluster_blocks() > 1) cluster_barrier();\n" if clustered else ""
-    text = _HOPPER_KERNEL.replace("PLANNED", planned).replace("TOGETHER", together)
-    return text.replace("LAUNCH  ", (_LAUNCH_CLUSTERS if clustered else _LAUNCH) + "  ")
+    launch = _LAUNCH_CLUSTERS if clustered else _LAUNCH
+    text = _HOPPER_KERNEL.replace("PLANNED", planned).replace("TOGETHER\n", together)
+    return text.replace("LAUNCHED\n", launch)
 
 
 def bad_rows(most_runs: int) -> str:
